@@ -7,8 +7,33 @@ modules, optimizers or privacy accounting, and may be used alone by any other tr
 import torch
 
 from dp2vae_fast.ops._op import backend, backends_table, load_triton
+from dp2vae_fast.ops.clip import clip_factors
+from dp2vae_fast.ops.norm import (
+    affine_grad_sample,
+    conv_grad_sample,
+    conv_norm_sq,
+    embedding_norm_sq,
+    grad_sample_norm_sq,
+    linear_grad_sample,
+    linear_norm_sq,
+    per_dim,
+    widen,
+)
 
-__all__ = ["backend", "backends_table"]
+__all__ = [
+    "affine_grad_sample",
+    "backend",
+    "backends_table",
+    "clip_factors",
+    "conv_grad_sample",
+    "conv_norm_sq",
+    "embedding_norm_sq",
+    "grad_sample_norm_sq",
+    "linear_grad_sample",
+    "linear_norm_sq",
+    "per_dim",
+    "widen",
+]
 
 if torch.version.cuda is not None:
     load_triton()

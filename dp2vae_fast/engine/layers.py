@@ -1,0 +1,184 @@
+"""One rule per layer type: from what a layer saw in one backward pass to the per-sample gradients of its parameters.
+
+A rule is a function ``rule(layer, activations, backprops) -> {parameter name: gradient}``. ``activations`` is the layer's input and
+``backprops`` the gradient with respect to its output, both with the batch first. A gradient is either a tensor ``[N, *shape]`` or
+one of :mod:`.gradients`' products. The rule may compute all the layer's parameters; the caller drops the frozen ones.
+
+Add a layer of your own with :func:`register_layer_rule`. A layer without a rule is differentiated record by record with
+``vmap`` (:mod:`.fallback`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .gradients import ConvGeometry, ConvProduct, EmbeddingProduct, Gradient, LinearProduct
+
+LayerRule = Callable[[nn.Module, Tensor, Tensor], Mapping[str, Gradient | Tensor]]
+
+_RULES: dict[type[nn.Module], LayerRule] = {}
+# Overriding these in a subclass does not change what the layer computes.
+_HARMLESS_OVERRIDES = {
+    "__init__",
+    "__repr__",
+    "extra_repr",
+    "reset_parameters",
+    "__module__",
+    "__doc__",
+    "__qualname__",
+}
+
+
+def register_layer_rule(*layer_types: type[nn.Module]) -> Callable[[LayerRule], LayerRule]:
+    """Decorator: use the function as the rule of the given layer types, replacing any earlier one.
+
+    Example:
+        >>> @register_layer_rule(Scale)                       # y = x * self.weight, weight [D]
+        ... def scale_rule(layer, activations, backprops):    # [N, T, D], [N, T, D]
+        ...     return {"weight": (activations * backprops).sum(1)}
+    """
+
+    def register(rule: LayerRule) -> LayerRule:
+        for layer_type in layer_types:
+            _RULES[layer_type] = rule
+        return rule
+
+    return register
+
+
+def find_rule(layer: nn.Module) -> LayerRule | None:
+    """The rule for ``layer``: its own type's, or that of a base class whose computation the subclass leaves as it is."""
+    for layer_type in type(layer).__mro__:
+        if layer_type in _RULES:
+            return _RULES[layer_type]
+        if any(callable(value) and name not in _HARMLESS_OVERRIDES for name, value in vars(layer_type).items()):
+            return None
+    return None
+
+
+@register_layer_rule(nn.Linear)
+def linear_rule(layer: nn.Module, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
+    """Any rank of input: ``[N, *, D] -> [N, *, P]``; the positions ``*`` become one axis T."""
+    n, positions = activations.shape[0], math.prod(activations.shape[1:-1])
+    activations = activations.reshape(n, positions, activations.shape[-1])
+    backprops = backprops.reshape(n, positions, backprops.shape[-1])
+    return {"weight": LinearProduct(activations, backprops), "bias": ops.widen(backprops).sum(1)}
+
+
+@register_layer_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def conv_rule(layer: nn.Module, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
+    """Convolutions of one to three dimensions: stride, padding (``"same"`` and ``padding_mode`` too), dilation, groups."""
+    dims = layer.weight.dim() - 2
+    padding = layer.padding
+    sides = _explicit_padding(layer)
+    if sides is not None:
+        activations = F.pad(
+            activations, sides, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        )
+        padding = 0
+    elif isinstance(padding, str):  # "valid"
+        padding = 0
+    geometry = ConvGeometry(
+        tuple(layer.weight.shape),
+        tuple(ops.per_dim(layer.stride, dims, "stride")),
+        tuple(ops.per_dim(padding, dims, "padding")),
+        tuple(ops.per_dim(layer.dilation, dims, "dilation")),
+        tuple(ops.per_dim(layer.output_padding, dims, "output_padding")),
+        layer.groups,
+        layer.transposed,
+    )
+    bias = ops.widen(backprops).flatten(2).sum(2)
+    return {"weight": ConvProduct(activations, backprops, geometry), "bias": bias}
+
+
+def _explicit_padding(layer: nn.Module) -> list[int] | None:
+    """``F.pad`` amounts where a convolution's own padding argument cannot say it: other modes than zeros, lopsided "same"."""
+    if layer.transposed or (layer.padding_mode == "zeros" and layer.padding != "same"):
+        return None
+    dims = layer.weight.dim() - 2
+    sides: list[int] = []
+    for dim in reversed(range(dims)):
+        if layer.padding == "same":
+            total = layer.dilation[dim] * (layer.kernel_size[dim] - 1)
+            sides += [total // 2, total - total // 2]
+        elif layer.padding == "valid":
+            sides += [0, 0]
+        else:
+            sides += [layer.padding[dim]] * 2
+    return sides
+
+
+def _affine(normalized: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
+    """Scale and bias over channels: ``[N, C, *]`` in, one gradient ``[N, C]`` each out."""
+    sites = (*normalized.shape[:2], math.prod(normalized.shape[2:]))
+    normalized, backprops = normalized.reshape(sites), backprops.reshape(sites)
+    return {"weight": ops.affine_grad_sample(normalized, backprops), "bias": ops.widen(backprops).sum(2)}
+
+
+@register_layer_rule(nn.GroupNorm)
+def group_norm_rule(layer: nn.Module, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
+    """``[N, C, *]``, normalised within each record and group."""
+    return _affine(F.group_norm(ops.widen(activations), layer.num_groups, eps=layer.eps), backprops)
+
+
+@register_layer_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+def instance_norm_rule(layer: nn.Module, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
+    """``[N, C, *]``, normalised within each record and channel (running statistics are refused at attachment)."""
+    return _affine(F.instance_norm(ops.widen(activations), eps=layer.eps), backprops)
+
+
+@register_layer_rule(nn.LayerNorm, nn.RMSNorm)
+def layer_norm_rule(layer: nn.Module, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
+    """``[N, *, *normalized_shape]``: the positions before the normalised dimensions are summed."""
+    shape = list(layer.normalized_shape)
+    normalise = F.rms_norm if isinstance(layer, nn.RMSNorm) else F.layer_norm
+    n, features = activations.shape[0], math.prod(shape)
+    normalized = normalise(ops.widen(activations), shape, eps=layer.eps)
+    normalized = normalized.reshape(n, normalized[0].numel() // features if n else 0, features)
+    backprops = ops.widen(backprops).reshape(normalized.shape)
+    weight = ops.affine_grad_sample(normalized.transpose(1, 2), backprops.transpose(1, 2))
+    return {"weight": weight.reshape(n, *shape), "bias": backprops.sum(1).reshape(n, *shape)}
+
+
+@register_layer_rule(nn.Embedding)
+def embedding_rule(layer: nn.Module, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
+    """Indices ``[N, *]``; rows at ``padding_idx`` have no gradient."""
+    if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
+        raise NotImplementedError(
+            "nn.Embedding with max_norm, scale_grad_by_freq or sparse mixes records or rewrites its own table: "
+            "construct it without these options"
+        )
+    n = activations.shape[0]
+    positions = math.prod(activations.shape[1:])
+    padding_idx = -1 if layer.padding_idx is None else layer.padding_idx
+    return {
+        "weight": EmbeddingProduct(
+            activations.reshape(n, positions),
+            backprops.reshape(n, positions, backprops.shape[-1]),
+            layer.num_embeddings,
+            padding_idx,
+        )
+    }
+
+
+def registered_layer_types() -> tuple[type[nn.Module], ...]:
+    """The layer types that have a rule, in order of registration."""
+    return tuple(_RULES)
+
+
+def is_cross_record(layer: nn.Module) -> str | None:
+    """Why ``layer``, in training mode, would mix records or remember them; None where it does neither."""
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return "normalises over the batch: use nn.GroupNorm, or put it in eval mode with its parameters frozen"
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats:
+        return "keeps running statistics of the records: construct it with track_running_stats=False"
+    if isinstance(layer, nn.RNNBase):
+        return "has no per-sample rule: use opacus.layers.DPLSTM, DPGRU or DPRNN"
+    if hasattr(layer, "weight_u") or type(layer).__name__ == "_SpectralNorm":
+        return "updates a spectral-norm buffer in training mode: remove spectral_norm"
+    return None

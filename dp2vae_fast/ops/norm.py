@@ -1,0 +1,274 @@
+"""Squared norms of per-sample weight gradients, and the gradients themselves where keeping them is cheaper.
+
+A layer that uses its weight at T positions has, for record n, the weight gradient
+
+    G[n] = sum_t  backprops[n, t]  outer  activations[n, t].
+
+Two exact roads lead to ``|G[n]|^2``:
+
+* **gram** never forms ``G``: ``sum_{t,t'} <a_t, a_t'> <b_t, b_t'>``. It costs about ``T^2 (D + P)`` products and wins where T is small.
+* **grad sample** forms ``G[n]`` once and keeps it: ``T D P`` products and ``D P`` numbers a record. It wins where T is large and the weight small,
+  and the clipped sum is then one matrix-vector product.
+
+Every ``*_norm_sq`` returns two tensors ``[N]``: the squared norm as computed, and an ``error`` such that
+
+    |G[n]|^2  <=  norm_sq[n] + error[n]
+
+holds for the exact gradient of the given operands, whatever order the additions were made in (Higham, *Accuracy and
+Stability of Numerical Algorithms*, ch. 3: an inner product of length m is off by at most ``m u / (1 - m u)`` times the inner product of
+magnitudes). The clip factor divides by the sum of the two, which keeps every record's realised contribution within its bound even where a
+Gram sum cancels. Operands of lower precision than float32 are widened first, so ``u`` is the unit roundoff of
+float32 or float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._op import op
+
+# Ratio by which `error` exceeds the first-order bound: covers the rounding of the error term itself, whose own
+# relative error is far below one per cent at any length for which the bound is of use.
+_MARGIN = 1.02
+
+
+def operand_roundoff(like: Tensor) -> float:
+    """Relative error with which matrix products round their float32 operands before multiplying, as this process is set.
+
+    Zero unless the user allowed TF32 or bfloat16 products (``torch.set_float32_matmul_precision``,
+    ``torch.backends.cudnn.allow_tf32`` on CUDA, where it is PyTorch's default for convolutions).
+    """
+    if like.dtype == torch.float64:
+        return 0.0
+    precision = torch.get_float32_matmul_precision()
+    if precision == "medium":
+        return 2.0**-8
+    if precision == "high" or (like.is_cuda and torch.backends.cudnn.allow_tf32):
+        return 2.0**-11
+    return 0.0
+
+
+def _gamma(length: int, like: Tensor) -> float:
+    """Relative error bound of a squared norm formed by sums of ``length`` products, with the module's margin.
+
+    Where operands are rounded, four of them enter a squared norm and two, doubled by the square, the weighted gradient that is
+    formed from the same operands afterwards: eight roundings in all.
+    """
+    x = length * (2.0**-53 if like.dtype == torch.float64 else 2.0**-24)
+    return _MARGIN * (x / (1.0 - x) + 8 * operand_roundoff(like)) if x < 1.0 else math.inf
+
+
+def widen(x: Tensor) -> Tensor:
+    """``x`` in float32, or float64 if it already is: the precision in which norms and sums over records are formed."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _gram_norm(gram_a: Tensor, gram_b: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Finish ``sum_{t,t'} A[t,t'] B[t,t']`` for Gram matrices ``[N, G, T, T]``; groups add.
+
+    ``sum_{t,t'} |A||B| <= (sum_t |a_t||b_t|)^2`` by Cauchy-Schwarz, and the diagonals hold the norms: the error bound is free.
+    """
+    norm_sq = (gram_a * gram_b).sum(-1).sum(-1).sum(-1)
+    reach = gram_a.diagonal(dim1=-2, dim2=-1) * gram_b.diagonal(dim1=-2, dim2=-1)
+    reach = reach.clamp(min=0).sqrt().sum(-1).square().sum(-1)
+    return norm_sq.clamp(min=0), _gamma(length + 2 * gram_a.shape[-1] + gram_a.shape[1] + 2, norm_sq) * reach
+
+
+@op()
+def linear_norm_sq(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norm of the per-sample weight gradient of a linear layer, by the Gram road.
+
+    Equivalent to ``torch.einsum("ntp,ntd->npd", backprops, activations).flatten(1).square().sum(1)``.
+
+    Shapes:
+        activations ``[N, T, D]``, backprops ``[N, T, P]`` -> norm_sq ``[N]``, error ``[N]``.
+    Guarantee:
+        ``norm_sq + error`` is an upper bound of the exact squared norm (module docstring).
+    Edge cases:
+        N = 0 gives empty tensors, T = 0 gives zeros, a non-finite operand gives a non-finite result.
+    """
+    a, b = widen(activations), widen(backprops)
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    if a.shape[1] == 1:  # one position: |a|^2 |b|^2, and every partial product is positive
+        norm_sq = a.square().sum((1, 2)) * b.square().sum((1, 2))
+        return norm_sq, _gamma(a.shape[2] + b.shape[2] + 1, a) * norm_sq
+    gram_a, gram_b = a @ a.transpose(1, 2), b @ b.transpose(1, 2)
+    return _gram_norm(gram_a.unsqueeze(1), gram_b.unsqueeze(1), a.shape[2] + b.shape[2])
+
+
+@op()
+def linear_grad_sample(activations: Tensor, backprops: Tensor) -> Tensor:
+    """Per-sample weight gradient of a linear layer: ``[N, T, D], [N, T, P] -> [N, P, D]``.
+
+    Equivalent to ``torch.einsum("ntp,ntd->npd", backprops, activations)`` in float32 or wider.
+    """
+    a, b = widen(activations), widen(backprops)
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return b.to(dtype).transpose(1, 2) @ a.to(dtype)
+
+
+def _conv_roles(activations: Tensor, backprops: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    """(plain, spread) of a convolution: the operand on the grid of positions t, and the one read through the taps.
+
+    A convolution reads its input through the taps, a transposed one its output gradient; with the roles swapped
+    both have the weight gradient ``sum_t plain[o, t] spread[c, s t + d tap - p]`` and the same code.
+    """
+    plain, spread = (activations, backprops) if transposed else (backprops, activations)
+    plain, spread = widen(plain), widen(spread)
+    dtype = torch.promote_types(plain.dtype, spread.dtype)
+    return plain.to(dtype), spread.to(dtype)
+
+
+@op()
+def conv_grad_sample(
+    activations: Tensor,
+    backprops: Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+) -> Tensor:
+    """Per-sample weight gradient of an n-dimensional (transposed) convolution: ``-> [N, *weight_shape]``.
+
+    Shapes:
+        activations ``[N, C_in, *in]``, backprops ``[N, C_out, *out]``; ``weight_shape`` as the layer's weight
+        (``[C_out, C_in/groups, *k]``, transposed ``[C_in, C_out/groups, *k]``); stride, padding, dilation: n ints.
+    Edge cases:
+        N = 0 gives ``[0, *weight_shape]``; positions outside the input count as zero.
+    """
+    plain, spread = _conv_roles(activations, backprops, transposed)
+    n, kernel, grid = plain.shape[0], weight_shape[2:], plain.shape[2:]
+    sides = [p for q in reversed(padding) for p in (q, q)]
+    spread = F.pad(spread, sides).contiguous()
+    batch_stride, channel_stride, *steps = spread.stride()
+    taps = [s * d for s, d in zip(steps, dilation, strict=True)]
+    hops = [s * h for s, h in zip(steps, stride, strict=True)]
+    windows = spread.as_strided(
+        (n, spread.shape[1], *kernel, *grid),
+        (batch_stride, channel_stride, *taps, *hops),
+        spread.storage_offset(),
+    )
+    positions = math.prod(grid)
+    windows = windows.reshape(n, groups, weight_shape[1] * math.prod(kernel), positions)
+    plain = plain.reshape(n, groups, weight_shape[0] // groups, positions)
+    return (plain @ windows.transpose(2, 3)).reshape(n, *weight_shape)
+
+
+@op()
+def conv_norm_sq(
+    activations: Tensor,
+    backprops: Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+) -> tuple[Tensor, Tensor]:
+    """Squared norm of the per-sample weight gradient of an n-dimensional (transposed) convolution, without unfolding.
+
+    ``sum_{t,t'} B[t,t'] sum_tap X[s t + d tap - p, s t' + d tap - p]`` with the Gram matrices B of the plain operand and X of
+    the pixels of the other: channel products are made once a pixel pair and only *added up* over the taps. With stride s a tap
+    reads pixels of one phase ``(d tap - p) mod s`` only, so X is taken phase by phase.
+
+    Shapes:
+        as :func:`conv_grad_sample`; -> norm_sq ``[N]``, error ``[N]``.
+    Guarantee:
+        ``norm_sq + error`` is an upper bound of the exact squared norm (module docstring).
+    Edge cases:
+        N = 0 gives empty tensors; positions outside the input count as zero; non-finite operands give a non-finite result.
+    """
+    plain, spread = _conv_roles(activations, backprops, transposed)
+    n, kernel, grid = plain.shape[0], weight_shape[2:], list(plain.shape[2:])
+    dims, positions = len(grid), math.prod(grid)
+    plain = plain.reshape(n, groups, weight_shape[0] // groups, positions)
+    gram_plain = plain.transpose(2, 3) @ plain
+    gram_windows = torch.zeros(n, groups, *grid, *grid, dtype=plain.dtype, device=plain.device)
+    phases: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for tap in itertools.product(*(range(k) for k in kernel)):
+        offset = [d * t - p for d, t, p in zip(dilation, tap, padding, strict=True)]
+        phase = tuple(o % s for o, s in zip(offset, stride, strict=True))
+        phases.setdefault(phase, []).append(tuple(o // s for o, s in zip(offset, stride, strict=True)))
+    for phase, shifts in phases.items():
+        pixels = spread[(..., *(slice(f, None, s) for f, s in zip(phase, stride, strict=True)))]
+        sizes = list(pixels.shape[2:])
+        if math.prod(sizes) == 0:
+            continue
+        pixels = pixels.reshape(n, groups, weight_shape[1], -1)
+        gram_pixels = (pixels.transpose(2, 3) @ pixels).reshape(n, groups, *sizes, *sizes)
+        for shift in shifts:  # position t reads pixel t + shift of this phase, where there is one
+            first = [max(0, -o) for o in shift]
+            last = [min(g, m - o) for g, m, o in zip(grid, sizes, shift, strict=True)]
+            if any(lo >= hi for lo, hi in zip(first, last, strict=True)):
+                continue
+            here = tuple(slice(lo, hi) for lo, hi in zip(first, last, strict=True))
+            there = tuple(slice(lo + o, hi + o) for lo, hi, o in zip(first, last, shift, strict=True))
+            gram_windows[(..., *here, *here)] += gram_pixels[(..., *there, *there)]
+    gram_windows = gram_windows.reshape(n, groups, positions, positions)
+    length = weight_shape[0] // groups + weight_shape[1] + math.prod(kernel) + dims
+    return _gram_norm(gram_windows, gram_plain, length)
+
+
+@op()
+def affine_grad_sample(normalized: Tensor, backprops: Tensor) -> Tensor:
+    """Per-sample gradient of a normalisation layer's scale: ``sum_s normalized[n, c, s] backprops[n, c, s]``.
+
+    Shapes:
+        normalized ``[N, C, S]`` (the layer's input after normalisation, before scale and bias), backprops ``[N, C, S]`` -> ``[N, C]``.
+    """
+    return (widen(normalized) * widen(backprops)).sum(2)
+
+
+@op()
+def embedding_norm_sq(indices: Tensor, backprops: Tensor, padding_idx: int) -> tuple[Tensor, Tensor]:
+    """Squared norm of the per-sample gradient of an embedding table, without a dense gradient.
+
+    Rows that name the same entry add before they are squared: ``sum_{t,t'} [i_t = i_t'] <b_t, b_t'>``. Rows at
+    ``padding_idx`` contribute nothing; a negative ``padding_idx`` means that there is none.
+
+    Shapes:
+        indices ``[N, T]`` (integers), backprops ``[N, T, D]`` -> norm_sq ``[N]``, error ``[N]``.
+    Guarantee:
+        ``norm_sq + error`` is an upper bound of the exact squared norm (module docstring).
+    """
+    b = widen(backprops)
+    same = (indices.unsqueeze(2) == indices.unsqueeze(1)) & (indices != padding_idx).unsqueeze(2)
+    gram = (b @ b.transpose(1, 2)).masked_fill(~same, 0)
+    length = b.square().sum(2).sqrt()
+    reach = (length.unsqueeze(2) * length.unsqueeze(1)).masked_fill(~same, 0).sum(-1).sum(-1)
+    norm_sq = gram.sum(-1).sum(-1).clamp(min=0)
+    return norm_sq, _gamma(b.shape[2] + 2 * b.shape[1] + 2, b) * reach
+
+
+@op()
+def grad_sample_norm_sq(grad_sample: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norm of per-sample gradients that have been formed: ``[N, ...] -> norm_sq [N], error [N]``.
+
+    Equivalent to ``grad_sample.flatten(1).square().sum(1)``, with the error bound of a sum in two levels.
+    """
+    g = widen(grad_sample)
+    rows = g.shape[1] if g.dim() > 1 else 1
+    g = g.reshape(g.shape[0], rows, math.prod(g.shape[2:]))
+    norm_sq = g.square().sum(2).sum(1)
+    return norm_sq, _gamma(g.shape[1] + g.shape[2] + 1, g) * norm_sq
+
+
+def per_dim(value: int | Sequence[int], dims: int, name: str) -> list[int]:
+    """``value`` as one int a spatial dimension, the way convolution arguments are written.
+
+    Raises:
+        ValueError: a sequence of another length than ``dims``.
+    """
+    values = [value] * dims if isinstance(value, int) else [int(v) for v in value]
+    if len(values) != dims:
+        raise ValueError(f"{name} has {len(values)} values for {dims} spatial dimensions: give one int or {dims}")
+    return values
