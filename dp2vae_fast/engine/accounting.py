@@ -1,8 +1,9 @@
 """What a run spends: Gaussian mechanisms in, epsilon out, composed over all stages by Opacus' accountants.
 
-Neighbouring data sets differ by adding or removing one record. ``"prv"`` (Gopi, Lee and Wutschitz 2021) is the default and
-adds its own numerical error of at most 0.01 to epsilon; ``"rdp"`` (Mironov 2017) is looser and never fails. Opacus' third accountant,
-``"gdp"``, rests on a central limit theorem and is no upper bound, so it is not offered.
+Neighbouring data sets differ by adding or removing one record. ``"prv"`` (Gopi, Lee and Wutschitz 2021) is
+the default and adds its own numerical error of at most 0.01 to epsilon; ``"rdp"`` (Mironov 2017) is looser
+and never fails. Opacus' third accountant, ``"gdp"``, rests on a central limit theorem and is no upper bound,
+so it is not offered.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from scipy.special import log_ndtr
 ACCOUNTANTS = ("prv", "rdp")
 _LARGEST_NOISE = 1e6
 _TOLERANCE = 1e-3
+_PRV_LIMIT = 500.0  # Opacus' PRV works with exp(epsilon): near 709 it saturates and would report too little
 
 
 @dataclass(frozen=True)
 class Mechanism:
     """One accounted mechanism: a (Poisson-subsampled) Gaussian, ``steps`` times.
 
-    Each step adds noise of standard deviation ``noise_multiplier`` x sensitivity to a sum over records, every one of which takes part
-    with probability ``sample_rate``. ``detail`` holds JSON-able parameters for the report (sensitivity, clip norm, dimensions);
-    the accountant does not read it.
+    Each step adds noise of standard deviation ``noise_multiplier`` x sensitivity to a sum over records, every
+    one of which takes part with probability ``sample_rate``. ``detail`` holds JSON-able parameters for the
+    report (sensitivity, clip norm, dimensions); the accountant does not read it.
     """
 
     name: str
@@ -51,8 +53,8 @@ class Mechanism:
 def epsilon(mechanisms: Sequence[Mechanism], delta: float, accountant: str = "prv") -> float:
     """Smallest epsilon that the accountant certifies at ``delta`` for all mechanisms composed.
 
-    Guarantees: an upper bound on the epsilon of the adaptive composition, under add/remove of one record. Where PRV's discretisation
-    gives up (a single release with epsilon in the hundreds), the looser RDP bound is returned instead of an error.
+    Guarantees: an upper bound on the epsilon of the adaptive composition, under add/remove of one record.
+    Where PRV's arithmetic gives up (above epsilon = 500), the looser RDP bound is returned instead.
 
     Edge cases: no mechanism, no step or a rate of zero give 0; a mechanism without noise gives infinity.
 
@@ -71,7 +73,7 @@ def epsilon(mechanisms: Sequence[Mechanism], delta: float, accountant: str = "pr
     if any(noise == 0 for noise, _, _ in history):
         return math.inf
     certified = _from_opacus(history, delta, accountant)
-    if not math.isfinite(certified) and accountant == "prv":
+    if accountant == "prv" and certified > _PRV_LIMIT:
         certified = _from_opacus(history, delta, "rdp")
     return certified if certified >= 0 else 0.0
 
@@ -98,11 +100,14 @@ def calibrate_noise_multiplier(
     steps: int,
     accountant: str = "prv",
 ) -> float:
-    """Smallest noise multiplier of a subsampled Gaussian that, composed with ``fixed``, stays within the target.
+    """Smallest noise multiplier of a subsampled Gaussian that, composed with ``fixed``, stays within the
+    target.
 
-    Found by bisection to one part in a thousand, always from above: ``epsilon(fixed + result) <= target_epsilon`` holds as evaluated.
+    Found by bisection to one part in a thousand, always from above: ``epsilon(fixed + result) <=
+    target_epsilon`` holds as evaluated.
 
-    Edge cases: ``steps`` or ``sample_rate`` of zero need no noise and return 0 (if ``fixed`` alone is within the target).
+    Edge cases: ``steps`` or ``sample_rate`` of zero need no noise and return 0 (if ``fixed`` alone is within
+    the target).
 
     Raises:
         ValueError: the target is not a positive number, or ``fixed`` alone already exceeds it.
@@ -121,8 +126,9 @@ def calibrate_noise_multiplier(
         if high > _LARGEST_NOISE:
             already = epsilon(fixed, target_delta, accountant)
             raise ValueError(
-                f"target_epsilon = {target_epsilon:g} cannot be reached: the other mechanisms alone spend {already:.3g} at delta = "
-                f"{target_delta:g} ({accountant}); raise target_epsilon, or give stage 1 a smaller share"
+                f"target_epsilon = {target_epsilon:g} cannot be reached: the other mechanisms alone spend "
+                f"{already:.3g} at delta = {target_delta:g} ({accountant}); raise target_epsilon, or give "
+                "stage 1 a smaller share"
             )
     low = high / 4.0
     while low > 1e-3 and spent(low) <= target_epsilon:
@@ -139,9 +145,10 @@ def calibrate_noise_multiplier(
 def gaussian_dp_mu(epsilon: float, delta: float) -> float:
     """The mu of the Gaussian mechanism (noise multiplier 1/mu) that is exactly (epsilon, delta)-DP.
 
-    Solves ``delta = Phi(mu/2 - epsilon/mu) - exp(epsilon) Phi(-mu/2 - epsilon/mu)`` (Balle and Wang 2018; Dong, Roth and Su 2019),
-    rounded down. Squares of mu add up under composition, which makes ``mu**2`` the currency to split a budget in:
-    mechanism j with ``mu_j = sqrt(share_j) * mu`` gets the noise multiplier ``1 / mu_j``.
+    Solves ``delta = Phi(mu/2 - epsilon/mu) - exp(epsilon) Phi(-mu/2 - epsilon/mu)`` (Balle and Wang 2018;
+    Dong, Roth and Su 2019),
+    rounded down. Squares of mu add up under composition, which makes ``mu**2`` the currency to split a budget
+    in: mechanism j with ``mu_j = sqrt(share_j) * mu`` gets the noise multiplier ``1 / mu_j``.
 
     Raises:
         ValueError: ``epsilon`` not positive and finite, or ``delta`` outside (0, 1).
