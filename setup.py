@@ -17,7 +17,7 @@ TORCH_TARGET_VERSION = (
 
 
 def native_build():
-    """The extension module and its build command; nothing where torch or pybind11 is missing, unless insisted on."""
+    """The extension module and its build command; nothing where torch or pybind11 is missing."""
     if NATIVE == "0":
         return {}
     try:

@@ -74,7 +74,7 @@ def test_explicit_request_runs_exactly_that_or_raises_with_the_reason():
     torch.testing.assert_close(x, torch.full((2,), 2.0))
     with pytest.raises(NotImplementedError, match=r"triton: scale is -1.0, expected > 0.*Usable.*reference"):
         toy_scale_([x], -1.0, [1], backend="triton")
-    with pytest.raises(NotImplementedError, match=r"toy_affine.*cpp: .*Usable for this call: reference"):
+    with pytest.raises(NotImplementedError, match=r"toy_affine.*cpp: .*Usable here: reference"):
         toy_affine(x, 2.0, backend="cpp")
     with pytest.raises(ValueError, match="'gpu' is unknown: choose among"):
         toy_affine(x, 2.0, backend="gpu")
@@ -128,7 +128,7 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(compiled(torch.ones(3)), torch.full((3,), 12.0))
     with (
         dp2vae_fast.backend("reference"),
-        pytest.raises(Exception, match="cannot run as requested|unsupported|Unsupported"),
+        pytest.raises(Exception, match=r"cannot run as requested|[Uu]nsupported"),
     ):
         torch.compile(lambda x: toy_affine(x, 1.0, backend="cpp"), fullgraph=True)(torch.ones(3))
 

@@ -1,7 +1,7 @@
 """The computations of differentially private training, as plain functions of tensors.
 
-Each op is declared once (see `dp2vae_fast.ops._op`) and runs on C++, CUDA, Triton or plain PyTorch. Ops know nothing of
-modules, optimizers or privacy accounting, and may be used alone by any other trainer.
+Each op is declared once (see `dp2vae_fast.ops._op`) and runs on C++, CUDA, Triton or plain PyTorch.
+Ops know nothing of modules, optimizers or privacy accounting, and may be used alone by any other trainer.
 """
 
 import torch
@@ -19,8 +19,10 @@ from dp2vae_fast.ops.norm import (
     per_dim,
     widen,
 )
+from dp2vae_fast.ops.noise import add_noise_, noise_adam_, noise_sgd_, random_words
 
 __all__ = [
+    "add_noise_",
     "affine_grad_sample",
     "backend",
     "backends_table",
@@ -31,7 +33,10 @@ __all__ = [
     "grad_sample_norm_sq",
     "linear_grad_sample",
     "linear_norm_sq",
+    "noise_adam_",
+    "noise_sgd_",
     "per_dim",
+    "random_words",
     "widen",
 ]
 

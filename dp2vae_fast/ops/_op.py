@@ -12,11 +12,12 @@ The decorator registers ``torch.ops.dp2vae_fast.scale_`` with one overload per w
 ``reference``  the body, always
 ``triton``     a Python-side implementation, once ``register`` has supplied one
 
-Every overload is an opaque, fake-able node, so whichever runs compiles without a graph break. Ops record no gradient.
+Every overload is an opaque, fake-able node, so whichever runs compiles without a graph break. Ops record no
+gradient.
 
 ``scale_(x, 2.0)`` takes the first usable backend of the visible order (``ORDER``). An explicit request, by
-``backend=``, ``with backend("..."):`` or ``DP2VAE_FAST_BACKEND`` (read at import), runs exactly that backend or raises;
-``"triton,reference"`` requests an order of one's own.
+``backend=``, ``with backend("..."):`` or ``DP2VAE_FAST_BACKEND`` (read at import), runs exactly that backend
+or raises; ``"triton,reference"`` requests an order of one's own.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def _parse_order(request: str) -> tuple[str, ...]:
 _native_gap = _load_native()
 _triton_gap: str | None = None
 
-# Process-wide on purpose, not thread-local: autograd runs backward hooks, and so the ops in them, on threads of its own.
+# Process-wide on purpose, not thread-local: autograd runs backward hooks, and so the ops in them, on threads
+# of its own.
 _requested: tuple[str, ...] | None = (
     _parse_order(os.environ["DP2VAE_FAST_BACKEND"]) if os.environ.get("DP2VAE_FAST_BACKEND") else None
 )
@@ -196,7 +198,7 @@ class Op(Generic[R]):
     def _explain(self, order: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         gaps = "; ".join(f"{name}: {self._gap(name, args, kwargs)}" for name in order)
         usable = [name for name in BACKENDS if self._gap(name, args, kwargs) == ""]
-        return f"op {self.name} cannot run as requested ({gaps}). Usable for this call: {', '.join(usable) or 'none'}"
+        return f"op {self.name} cannot run as requested ({gaps}). Usable here: {', '.join(usable) or 'none'}"
 
     def _define(self, overload: str, kernel: Callable[..., R]) -> Callable[..., Any]:
         qualified = self.name if overload == "default" else f"{self.name}.{overload}"
@@ -217,7 +219,8 @@ def op(mutates: Sequence[str] = (), native: Supports | None = None) -> Callable[
 
     Args:
         mutates: names of the arguments that the op writes to; such an op returns None.
-        native: takes the op's arguments and returns True, or the reason why the kernels of ``csrc`` cannot run on them.
+        native: takes the op's arguments and returns True, or the reason why the kernels of ``csrc`` cannot
+        run on them.
             Whether such kernels exist is looked up by the op's name.
 
     The reference of a functional op is also its fake kernel, so it must not read tensor values in Python.
@@ -226,7 +229,7 @@ def op(mutates: Sequence[str] = (), native: Supports | None = None) -> Callable[
 
 
 def backends_table() -> list[BackendRow]:
-    """Every op × backend, with the reason for each gap: what ``dp2vae info`` prints."""
+    """Every op and backend, with the reason for each gap: what ``dp2vae info`` prints."""
     return [
         BackendRow(name, backend, not (reason := declared.missing(backend)), reason)
         for name, declared in sorted(OPS.items())
@@ -245,7 +248,7 @@ def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 
 def _version_bumping(handle: Any) -> Callable[..., None]:
-    """Tell autograd of the mutation: a tensor saved for backward and then changed must raise, as in PyTorch itself."""
+    """Tell autograd of the mutation, so that changing a tensor saved for backward raises, as it should."""
     written = [
         (position, argument.name)
         for position, argument in enumerate(handle._schema.arguments)
