@@ -1,0 +1,165 @@
+"""The DP-SGD loop, shared by stage 1's mode ``dp`` and by stage 2: one function, from the coin to the step.
+
+Order matters and is kept in one place: a step is written into the ledger, then its records are drawn, their
+gradients clipped and summed, noise added, the optimizer stepped; only then does anybody hear of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from ..engine.accounting import Mechanism
+from ..engine.keystream import Keystream
+from ..engine.privacy_engine import PrivacyEngine
+from ..engine.sampling import PoissonBatches
+from .ledger import Ledger
+from .opacus_step import privatize_with_opacus
+
+RecordLosses = Callable[[nn.Module, Tensor], Tensor]
+"""``(module, indices [B]) -> losses [B]``: one loss a record, summed over its pixels, as large as its
+gradient is to be clipped."""
+
+
+@dataclass(frozen=True)
+class StepMechanism:
+    """DP-SGD as an accounted mechanism: the subsampled Gaussian, ``steps`` times.
+
+    Every record enters a step with probability ``expected_batch_size / dataset_size``; its gradient is
+    clipped to ``max_grad_norm`` over all trainable parameters together; the sum gets noise of standard
+    deviation ``noise_multiplier * max_grad_norm`` and is divided by ``expected_batch_size``, a public
+    constant.
+    """
+
+    name: str
+    noise_multiplier: float
+    max_grad_norm: float
+    expected_batch_size: int
+    dataset_size: int
+    steps: int
+    rows_per_record: int = 1
+
+    @property
+    def sample_rate(self) -> float:
+        return self.expected_batch_size / self.dataset_size
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """What the accountant composes."""
+        return Mechanism(self.name, self.noise_multiplier, self.sample_rate, self.steps)
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What one step tells its observer. ``loss`` (a mean, still on the device) is not noised: for the
+    curator's eyes only."""
+
+    step: int
+    loss: Tensor
+    records: int
+
+
+def make_optimizer(
+    name: str, module: nn.Module, learning_rate: float, momentum: float = 0.0, weight_decay: float = 0.0
+) -> Optimizer:
+    """``sgd``, ``adam`` or ``adamw`` over the trainable parameters of ``module``."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    if name == "sgd":
+        return SGD(trainable, lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
+    return {"adam": Adam, "adamw": AdamW}[name](trainable, lr=learning_rate, weight_decay=weight_decay)
+
+
+def dp_sgd(
+    module: nn.Module,
+    optimizer: Optimizer,
+    record_losses: RecordLosses,
+    dp: StepMechanism,
+    *,
+    keystream: Keystream,
+    ledger: Ledger,
+    engine: str = "fused",
+    physical_batch_size: int = 256,
+    first_step: int = 0,
+    optimizer_state: dict | None = None,
+    on_step: Callable[[StepInfo], None] | None = None,
+) -> None:
+    """Train ``module`` in place by DP-SGD, from step ``first_step`` up to ``dp.steps``.
+
+    Args:
+        record_losses: see :data:`RecordLosses`; may only look at the records it is asked for.
+        keystream: noise and coins. Step s uses the s-th position of both, whoever has run the steps before.
+        ledger: is told of a step before anything of it is drawn.
+        engine: ``"fused"``, or ``"opacus"`` for the same loop through Opacus' own per-sample gradients.
+        physical_batch_size: rows in memory at a time; no influence on the result but rounding.
+        first_step: how many steps count as spent already.
+        optimizer_state: state of ``optimizer`` at a checkpoint.
+        on_step: hears of every finished step; what it raises ends the loop between two steps.
+    """
+    if optimizer_state is not None:
+        optimizer.load_state_dict(optimizer_state)
+    coins = keystream.stream(f"{dp.name}/coins")
+    batches = PoissonBatches(
+        coins,
+        dataset_size=dp.dataset_size,
+        sample_rate=dp.sample_rate,
+        physical_batch_size=physical_batch_size,
+    )
+    private_module, private_optimizer = _privatize(module, optimizer, dp, keystream, engine)
+    coins.advance_to(0, coin_step=first_step)
+    private_optimizer.stream.advance_to(first_step)
+    device = next(module.parameters()).device
+
+    private_module.train()
+    try:
+        for step in range(first_step, dp.steps):
+            ledger.reserve(dp.mechanism, step + 1, last=dp.steps)
+            loss, records = torch.zeros((), device=device), 0
+            for physical in next(batches):
+                mask = physical.mask.to(device)
+                losses = record_losses(private_module, physical.indices.to(device))
+                losses = torch.where(mask, losses, 0.0)
+                losses.mean().backward()
+                private_optimizer.signal_skip_step(do_skip=not physical.last)
+                private_optimizer.step()
+                private_optimizer.zero_grad(set_to_none=True)
+                loss += losses.detach().sum()
+                records += int(physical.mask.sum())
+            if on_step is not None:
+                on_step(StepInfo(step + 1, loss / max(records, 1), records))
+    finally:
+        private_module.to_standard_module()
+
+
+def _privatize(
+    module: nn.Module, optimizer: Optimizer, dp: StepMechanism, keystream: Keystream, engine: str
+) -> tuple[nn.Module, Any]:
+    """The two engines differ here and nowhere else. The mean's divisor is the physical batch size, which is a
+    constant."""
+    if engine == "opacus":
+        if dp.rows_per_record != 1:
+            raise NotImplementedError(
+                'engine="opacus" takes one row a record: use engine="fused" for several samples a record'
+            )
+        return privatize_with_opacus(
+            module,
+            optimizer,
+            stream=keystream.stream(f"{dp.name}/noise"),
+            noise_multiplier=dp.noise_multiplier,
+            max_grad_norm=dp.max_grad_norm,
+            expected_batch_size=dp.expected_batch_size,
+        )
+    return PrivacyEngine(keystream=keystream).privatize(
+        module,
+        optimizer,
+        noise_multiplier=dp.noise_multiplier,
+        max_grad_norm=dp.max_grad_norm,
+        sample_rate=dp.sample_rate,
+        expected_batch_size=dp.expected_batch_size,
+        loss_reduction="mean",
+        rows_per_record=dp.rows_per_record,
+    )

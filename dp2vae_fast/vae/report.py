@@ -1,0 +1,213 @@
+"""The privacy report: ``privacy.json`` and its readable twin ``privacy.md``, beside every released decoder.
+
+The report says what is guaranteed, for whom, and under which assumptions. It is a function of the mechanisms
+that the ledger counts and of public settings: nothing in it is computed from the records, not even a hash of
+them.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..engine.accounting import Mechanism, epsilon, gaussian_dp_mu
+from .checkpoint import write_json, write_text
+
+NO_NOISE = (
+    "no noise was added: nothing is guaranteed, and the decoder must be treated like the records themselves"
+)
+NO_CLAIM = (
+    "no claim is made against floating-point attacks",
+    "checkpoints, loss curves and everything else under curator/ are not covered and must not be released",
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the report is made from. ``mechanisms`` are those the ledger counts, ``step_mechanism`` names
+    DP-SGD of stage 2."""
+
+    mechanisms: tuple[Mechanism, ...]
+    step_mechanism: str
+    delta: float
+    accountant: str
+    encoder: str
+    end_to_end: bool
+    statement: str
+    noise_source: str
+    dataset_size: int
+    sampling: dict[str, Any]
+    clipping: dict[str, Any]
+    public_constants: dict[str, Any]
+    arithmetic: dict[str, Any]
+    noise_keys: int = 1
+    warnings: tuple[str, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def build_report(facts: Facts) -> dict[str, Any]:
+    """The content of ``privacy.json``.
+
+    ``epsilon`` is the record-level epsilon of the released decoder under add/remove neighbouring, composed
+    over all mechanisms of all stages; null when there is none: for the encoder mode ``private``
+    (``epsilon_given_encoder`` then states what DP-SGD alone gives to a fixed encoder) and for runs without
+    noise.
+    """
+    spent = tuple(m for m in facts.mechanisms if m.steps > 0)
+    composed = _finite(epsilon(spent, facts.delta, facts.accountant))
+    noiseless = composed is None
+    end_to_end = facts.end_to_end and not noiseless
+    report: dict[str, Any] = {
+        "epsilon": composed if end_to_end else None,
+        "delta": facts.delta,
+        "neighbouring": "add/remove one record",
+        "encoder": facts.encoder,
+        "end_to_end": end_to_end,
+        "statement": NO_NOISE if noiseless else facts.statement,
+        "mechanisms": _rows(spent, facts.delta, facts.accountant),
+        "noise_source": facts.noise_source,
+        "noise_keys": facts.noise_keys,
+        "accountant": {
+            "name": facts.accountant,
+            "library": "opacus",
+            "composition": "all mechanisms of all stages together",
+        },
+        "released": ["decoder.safetensors", "decoder.json", "samples.png", "privacy.json", "privacy.md"],
+        "sampling": facts.sampling,
+        "dataset_size": {"value": facts.dataset_size, "origin": "read from the data, assumed public"},
+        "public_constants": facts.public_constants,
+        "clipping": facts.clipping,
+        "arithmetic": facts.arithmetic,
+        "not_claimed": list(NO_CLAIM),
+        "warnings": list(facts.warnings),
+        "audit": "not run",
+        "versions": versions(),
+    }
+    if not end_to_end:
+        given = [m for m in spent if m.name == facts.step_mechanism]
+        report["epsilon_given_encoder"] = _finite(epsilon(given, facts.delta, facts.accountant))
+    return report | facts.extra
+
+
+def _rows(mechanisms: Sequence[Mechanism], delta: float, accountant: str) -> list[dict[str, Any]]:
+    """One row per mechanism: its parameters, its epsilon on its own, and its share of the budget in squared
+    Gaussian-DP units."""
+    alone = [_finite(epsilon([m], delta, accountant)) for m in mechanisms]
+    costs = [math.inf if e is None else gaussian_dp_mu(e, delta) ** 2 for e in alone]
+    total = sum(costs)
+    return [
+        {
+            "name": m.name,
+            "noise_multiplier": m.noise_multiplier,
+            "sample_rate": m.sample_rate,
+            "steps": m.steps,
+            "epsilon_alone": e,
+            "share": cost / total if math.isfinite(total) and total > 0 else None,
+            **m.detail,
+        }
+        for m, e, cost in zip(mechanisms, alone, costs, strict=True)
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the result."""
+    found = {"python": platform.python_version()}
+    for name in ("dp2vae_fast", "torch", "opacus", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def render(report: dict[str, Any]) -> str:
+    """``privacy.md``: the same report for readers."""
+    lines = [
+        "# Privacy report",
+        "",
+        f"**{_headline(report)}**",
+        "",
+        report["statement"][:1].upper() + report["statement"][1:] + ".",
+        "",
+    ]
+    lines += [f"> Warning: {warning}." for warning in report["warnings"]] + (
+        [""] if report["warnings"] else []
+    )
+    lines += [
+        "## What was spent",
+        "",
+        "| mechanism | noise multiplier | sampling rate | steps | ε alone | share of the budget |",
+    ]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in report["mechanisms"]:
+        share = "" if row["share"] is None else f"{100 * row['share']:.1f} %"
+        cells = (
+            row["name"],
+            f"{row['noise_multiplier']:.4g}",
+            f"{row['sample_rate']:.4g}",
+            row["steps"],
+            _number(row["epsilon_alone"]),
+            share,
+        )
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    lines += [
+        "",
+        f"All mechanisms are composed by Opacus' {report['accountant']['name'].upper()} accountant.",
+        "",
+    ]
+    lines += ["## Under which assumptions", ""]
+    lines += [f"- Neighbouring data sets: {report['neighbouring']}."]
+    lines += [f"- Noise: {_noise_sentence(report)}"]
+    size = report["dataset_size"]
+    lines += [f"- Number of training records: {size['value']} ({size['origin']})."]
+    for title in ("sampling", "clipping", "public_constants", "arithmetic"):
+        content = "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in report[title].items())
+        lines.append(f"- {title.replace('_', ' ').capitalize()}: {content}.")
+    lines += ["", "## What this does not cover", ""]
+    lines += [f"- {sentence[:1].upper()}{sentence[1:]}." for sentence in report["not_claimed"]]
+    lines += [f"- Audit: {report['audit']}."]
+    lines += ["", "## What is released", "", ", ".join(report["released"]) + "."]
+    lines += [
+        "",
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _headline(report: dict[str, Any]) -> str:
+    bound, delta = report["epsilon"], report["delta"]
+    if bound is not None:
+        return f"The released decoder is ({bound:.4g}, {delta:g})-differentially private for every record."
+    given = report["epsilon_given_encoder"]
+    if given is None:
+        return "The released decoder is not private."
+    return f"No finite ε holds end to end. Given the encoder, updates have ε = {given:.4g}, δ = {delta:g}."
+
+
+def _noise_sentence(report: dict[str, Any]) -> str:
+    if report["noise_source"] == "seeded":
+        return (
+            "drawn from a seed, for reproducibility. Whoever knows the seed can subtract the noise: "
+            "the guarantee holds only while the seed is secret."
+        )
+    return "drawn with a secret key from the operating system that is kept in memory only."
+
+
+def _number(value: float | None) -> str:
+    return "∞" if value is None else f"{value:.4g}"
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Write ``privacy.json`` and ``privacy.md`` into ``folder``, each atomically."""
+    write_json(folder / "privacy.json", report)
+    write_text(folder / "privacy.md", render(report))
