@@ -1,7 +1,7 @@
 """Layers, inputs and oracles shared by tests and benchmarks.
 
-A :class:`LayerCase` is one layer with the shape of its input, batch excluded. The two oracles know nothing of the engine: one differentiates a
-single record at a time, the other vectorises that with ``vmap(grad)``.
+A :class:`LayerCase` is one layer with the shape of its input, batch excluded. The two oracles know nothing of the
+engine: one differentiates a single record at a time, the other vectorises that with ``vmap(grad)``.
 """
 
 from __future__ import annotations
@@ -49,8 +49,16 @@ def _conv_cases() -> list[LayerCase]:
         ("plain", dict(in_channels=3, out_channels=5, kernel_size=3), (3, 7)),
         ("strided", dict(in_channels=4, out_channels=6, kernel_size=4, stride=3, padding=2), (4, 11)),
         ("dilated", dict(in_channels=2, out_channels=3, kernel_size=3, dilation=2, padding=3), (2, 9)),
-        ("grouped", dict(in_channels=6, out_channels=4, kernel_size=3, groups=2, stride=2, padding=1), (6, 8)),
-        ("depthwise", dict(in_channels=4, out_channels=8, kernel_size=3, groups=4, padding=1, bias=False), (4, 6)),
+        (
+            "grouped",
+            dict(in_channels=6, out_channels=4, kernel_size=3, groups=2, stride=2, padding=1),
+            (6, 8),
+        ),
+        (
+            "depthwise",
+            dict(in_channels=4, out_channels=8, kernel_size=3, groups=4, padding=1, bias=False),
+            (4, 6),
+        ),
         ("wide stride", dict(in_channels=2, out_channels=3, kernel_size=2, stride=3), (2, 8)),
         (
             "all at once",

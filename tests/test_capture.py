@@ -1,4 +1,5 @@
-"""How models use their layers: reuse, tying, freezing, keyword calls, checkpointing, in-place neighbours; and what must be refused."""
+"""How models use their layers: reuse, tying, freezing, keyword calls, checkpointing, in-place neighbours; and what
+must be refused."""
 
 from __future__ import annotations
 
@@ -178,7 +179,9 @@ def test_two_losses_of_one_forward_add():
     (gradient,) = capture.take([model.weight])
     assert gradient is not None
     backprops = out.detach().cos() + 2 * out.detach()
-    torch.testing.assert_close(gradient.grad_sample(), torch.einsum("np,nd->npd", backprops, inputs), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        gradient.grad_sample(), torch.einsum("np,nd->npd", backprops, inputs), rtol=1e-10, atol=0
+    )
 
 
 def test_forwards_without_a_backward_leave_nothing():
@@ -210,7 +213,11 @@ def test_a_copy_of_a_captured_model_is_a_model():
 
 
 def test_layers_that_mix_records_are_refused():
-    for layer in (nn.BatchNorm2d(3), nn.BatchNorm1d(3, affine=False), nn.InstanceNorm2d(3, track_running_stats=True)):
+    for layer in (
+        nn.BatchNorm2d(3),
+        nn.BatchNorm1d(3, affine=False),
+        nn.InstanceNorm2d(3, track_running_stats=True),
+    ):
         with pytest.raises(NotImplementedError, match=r"layer '1' \("):
             Capture(nn.Sequential(nn.Identity(), layer))
     frozen = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3).eval().requires_grad_(False))

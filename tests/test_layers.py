@@ -1,4 +1,5 @@
-"""Every layer rule against two oracles, as norm, as kept gradient and as weighted sum; and what cannot be supported is refused."""
+"""Every layer rule against two oracles, as norm, as kept gradient and as weighted sum; and what cannot be
+supported is refused."""
 
 from __future__ import annotations
 
@@ -196,7 +197,7 @@ def test_the_fallback_refuses_a_layer_that_mixes_records():
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x - x.mean(0))
 
-    with pytest.raises(NotImplementedError, match="independently|record by record"):
+    with pytest.raises(NotImplementedError, match=r"independently|record by record"):
         captured(nn.Sequential(Mixing(6)).double(), torch.randn(4, 6, dtype=torch.float64))
 
 

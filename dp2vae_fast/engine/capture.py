@@ -1,17 +1,17 @@
 """The only place with hooks: what every layer saw in one backward pass, without its weight gradient.
 
-While a layer's forward runs, its trainable parameters are replaced by detached tensors, so that autograd computes input gradients only.
-An identity node on the layer's output (:class:`_Tap`) holds the layer's input and, in the backward pass, hands it on together with
-the output gradient. The layer's rule turns the pair into a per-sample :class:`~.gradients.Gradient`, and :class:`Capture` keeps the book:
-parameter -> its gradients, one entry a use.
+While a layer's forward runs, its trainable parameters are replaced by detached tensors, so that autograd computes
+input gradients only. An identity node on the layer's output (:class:`_Tap`) holds the layer's input and, in the
+backward pass, hands it on together with the output gradient. The layer's rule turns the pair into a per-sample
+:class:`~.gradients.Gradient`, and :class:`Capture` keeps the book: parameter -> its gradients, one entry a use.
 
-A parameter that is used anywhere else than in its own layer's forward still receives an ordinary gradient from autograd. That gradient would be
-neither clipped nor noised, so its arrival raises.
+A parameter that is used anywhere else than in its own layer's forward still receives an ordinary gradient from
+autograd. That gradient would be neither clipped nor noised, so its arrival raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from .plan import Plan
 
 
 class _Tap(torch.autograd.Function):
-    """Identity on a layer's outputs; its backward reports (saved inputs, output gradients) and lets the gradients pass."""
+    """Identity on a layer's outputs; its backward reports (saved inputs, output gradients) and lets the gradients
+    pass."""
 
     @staticmethod
     def forward(ctx: Any, report: Callable, count: int, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -55,7 +56,12 @@ class Capture:
     """
 
     def __init__(
-        self, module: nn.Module, *, batch_first: bool = True, rows_per_record: int = 1, plan: Plan | None = None
+        self,
+        module: nn.Module,
+        *,
+        batch_first: bool = True,
+        rows_per_record: int = 1,
+        plan: Plan | None = None,
     ) -> None:
         self.module = module
         self.batch_first = batch_first
@@ -63,7 +69,7 @@ class Capture:
         self.plan = plan or Plan()
         self.grad_accumulation_allowed = True
         self.before_next_batch: list[Callable[[], None]] = []
-        self._names = {p: name for name, p in module.named_parameters()}
+        self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         self._book: dict[Tensor, list[Gradient]] = {}
         self._records: int | None = None
         self._swapped: dict[nn.Module, dict[str, Tensor]] = {}
@@ -99,7 +105,7 @@ class Capture:
         """Records of the backward passes since the last :meth:`take` or :meth:`clear`; None if there was none."""
         return self._records
 
-    def take(self, parameters: list[Tensor]) -> list[Gradient | None]:
+    def take(self, parameters: Sequence[Tensor]) -> list[Gradient | None]:
         """Remove and return the gradients of ``parameters``; None for one that no record used."""
         found = [self._book.pop(p, None) for p in parameters]
         if not self._book:
@@ -135,15 +141,19 @@ class Capture:
         """Before a layer's forward: put detached tensors in place of its trainable parameters."""
         if self._suspended or not torch.is_grad_enabled() or not layer.training:
             return
-        # A forward outside any backward pass, after one: these are new records. (Inside one it is a checkpoint's recomputation.)
+        # A forward outside any backward pass, after one: these are new records. (Inside one it is a checkpoint's
+        # recomputation.)
         if self._records is not None and torch._C._current_graph_task_id() == -1:
             for callback in self.before_next_batch:
                 callback()
             if self._records is not None:
                 raise RuntimeError(
-                    "a second batch began before the first one's gradients were taken: call optimizer.step() or zero_grad()"
+                    "a second batch began before the first one's gradients were taken: "
+                    "call optimizer.step() or zero_grad()"
                 )
-        trainable = {name: p for name, p in layer._parameters.items() if p is not None and p.requires_grad}
+        trainable: dict[str, Tensor] = {
+            name: p for name, p in layer._parameters.items() if p is not None and p.requires_grad
+        }
         if trainable:
             self._swapped[layer] = trainable
             layer._parameters.update({name: p.detach() for name, p in trainable.items()})  # type: ignore[misc]
@@ -174,7 +184,9 @@ class Capture:
             tensors = [x for x, t in zip(inputs, is_tensor, strict=True) if t]
             anchor = self._anchor.to(outputs[tapped[0]].device)
             for i, x in zip(
-                tapped, _Tap.apply(report, len(tapped), anchor, *(outputs[i] for i in tapped), *tensors), strict=True
+                tapped,
+                _Tap.apply(report, len(tapped), anchor, *(outputs[i] for i in tapped), *tensors),
+                strict=True,
             ):
                 outputs[i] = x
             return tree_unflatten(outputs, output_structure)
@@ -205,7 +217,7 @@ class Capture:
         records = rows // self.rows_per_record
         if self._records not in (None, records):
             raise ValueError(
-                f"layer {name!r} saw {records} records where other layers of the same backward pass saw {self._records}: "
+                f"layer {name!r} saw {records} records, other layers of the same backward pass {self._records}: "
                 "every layer's input must have the batch as its first axis"
             )
         self._records = records
@@ -242,7 +254,7 @@ class Capture:
     def _refuse_unseen_use(self, parameter: Tensor) -> None:
         parameter.grad = None
         raise NotImplementedError(
-            f"parameter {self._names[parameter]!r} was used outside its own layer's forward (functional weight tying, a penalty on "
-            "weights, a layer in eval mode under gradients): such a use has no per-sample gradient. Call the layer itself, use the optimizer's "
-            "weight_decay, or freeze the parameter"
+            f"parameter {self._names[parameter]!r} was used outside its own layer's forward (functional weight "
+            "tying, a penalty on weights, a layer in eval mode under gradients): such a use has no per-sample gradient. "
+            "Call the layer itself, use the optimizer's weight_decay, or freeze the parameter"
         )

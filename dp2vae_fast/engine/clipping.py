@@ -16,7 +16,8 @@ class FlatClipping:
     """Every record's gradient, over all parameters together, is scaled to norm at most ``max_grad_norm``.
 
     Args:
-        count_rounding: divide by an upper bound of the norm (as computed, plus a bound of its rounding error) instead of the
+        count_rounding: divide by an upper bound of the norm (as computed, plus a bound of its rounding error)
+            instead of the
             norm as computed. Off, a record may exceed the bound by rounding: for comparisons only.
     """
 
@@ -25,8 +26,8 @@ class FlatClipping:
     def sensitivity(self, max_grad_norm: float) -> float:
         """Largest change of the clipped sum, in Euclidean norm, when one record is added or removed.
 
-        Covers each record's contribution with the arithmetic that forms it; the rounding of the addition over records is
-        not included.
+        Covers each record's contribution with the arithmetic that forms it; the rounding of the addition over
+        records is not included.
         """
         return max_grad_norm
 

@@ -1,6 +1,7 @@
 """Per-sample gradients of a layer that has no rule: the layer itself, run again record by record under ``vmap(grad)``.
 
-Exact for any layer that treats records independently, and slow: the layer's forward is repeated, and the gradients are formed.
+Exact for any layer that treats records independently, and slow: the layer's forward is repeated, and the gradients
+are formed.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-# The sum of per-sample gradients is compared with autograd's own gradient the first time a layer is met. A layer that mixes records is
-# off by its whole gradient, rounding by at most ~1e-4 of it in float32.
+# The sum of per-sample gradients is compared with autograd's own gradient the first time a layer is met. A layer
+# that mixes records is off by its whole gradient, rounding by at most ~1e-4 of it in float32.
 _AGREEMENT = 1e-2
 
 
@@ -62,7 +63,7 @@ def grad_samples(
         for name, total in whole.items():
             if (samples[name].sum(0) - total).norm() > _AGREEMENT * total.norm() + torch.finfo(total.dtype).tiny:
                 raise NotImplementedError(
-                    f"{type(layer).__name__} does not treat records independently (parameter {name!r}: the per-sample gradients "
-                    "do not add up to the batch's): register a rule with register_layer_rule, or freeze its parameters"
+                    f"{type(layer).__name__} does not treat records independently (parameter {name!r}: the per-sample "
+                    "gradients do not add up to the batch's): register a rule with register_layer_rule, or freeze its parameters"
                 )
     return samples

@@ -1,8 +1,8 @@
 """Per-sample gradients of one parameter, formed or not.
 
 A layer rule says *what* the gradient of each record is; these classes know how to take its norm and its weighted sum.
-:class:`Kept` holds ``[N, *shape]``; the others hold the two factors that a layer's backward pass already had at hand, so that the
-gradient of a record need never exist.
+:class:`Kept` holds ``[N, *shape]``; the others hold the two factors that a layer's backward pass already had at
+hand, so that the gradient of a record need never exist.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import ops
 
-# An addition of the pixel-Gram combine pass, in multiply-adds of a matrix product: it moves bytes where a product does arithmetic.
+# An addition of the pixel-Gram combine pass, in multiply-adds of a matrix product: it moves bytes where a product
+# does arithmetic.
 _COMBINE = 4
 
 
@@ -213,7 +214,8 @@ class ConvProduct:
 
 @dataclass(frozen=True)
 class EmbeddingProduct:
-    """Gradient of an embedding table ``[V, D]``: indices ``[N, T]``, backprops ``[N, T, D]``; ``padding_idx < 0``: none."""
+    """Gradient of an embedding table ``[V, D]``: indices ``[N, T]``, backprops ``[N, T, D]``; ``padding_idx < 0``:
+    none."""
 
     indices: Tensor
     backprops: Tensor

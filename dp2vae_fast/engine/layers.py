@@ -1,8 +1,9 @@
 """One rule per layer type: from what a layer saw in one backward pass to the per-sample gradients of its parameters.
 
-A rule is a function ``rule(layer, activations, backprops) -> {parameter name: gradient}``. ``activations`` is the layer's input and
-``backprops`` the gradient with respect to its output, both with the batch first. A gradient is either a tensor ``[N, *shape]`` or
-one of :mod:`.gradients`' products. The rule may compute all the layer's parameters; the caller drops the frozen ones.
+A rule is a function ``rule(layer, activations, backprops) -> {parameter name: gradient}``. ``activations`` is the
+layer's input and ``backprops`` the gradient with respect to its output, both with the batch first. A gradient is
+either a tensor ``[N, *shape]`` or one of :mod:`.gradients`' products. The rule may compute all the layer's
+parameters; the caller drops the frozen ones.
 
 Add a layer of your own with :func:`register_layer_rule`. A layer without a rule is differentiated record by record with
 ``vmap`` (:mod:`.fallback`).
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 from .. import ops
 from .gradients import ConvGeometry, ConvProduct, EmbeddingProduct, Gradient, LinearProduct
 
-LayerRule = Callable[[nn.Module, Tensor, Tensor], Mapping[str, Gradient | Tensor]]
+LayerRule = Callable[[Any, Tensor, Tensor], Mapping[str, Gradient | Tensor]]
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 _RULES: dict[type[nn.Module], LayerRule] = {}
 # Overriding these in a subclass does not change what the layer computes.
@@ -52,7 +55,8 @@ def register_layer_rule(*layer_types: type[nn.Module]) -> Callable[[LayerRule], 
 
 
 def find_rule(layer: nn.Module) -> LayerRule | None:
-    """The rule for ``layer``: its own type's, or that of a base class whose computation the subclass leaves as it is."""
+    """The rule for ``layer``: its own type's, or that of a base class whose computation the subclass leaves as it
+    is."""
     for layer_type in type(layer).__mro__:
         if layer_type in _RULES:
             return _RULES[layer_type]
@@ -62,7 +66,7 @@ def find_rule(layer: nn.Module) -> LayerRule | None:
 
 
 @register_layer_rule(nn.Linear)
-def linear_rule(layer: nn.Module, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
+def linear_rule(layer: nn.Linear, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
     """Any rank of input: ``[N, *, D] -> [N, *, P]``; the positions ``*`` become one axis T."""
     n, positions = activations.shape[0], math.prod(activations.shape[1:-1])
     activations = activations.reshape(n, positions, activations.shape[-1])
@@ -71,8 +75,9 @@ def linear_rule(layer: nn.Module, activations: Tensor, backprops: Tensor) -> dic
 
 
 @register_layer_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-def conv_rule(layer: nn.Module, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
-    """Convolutions of one to three dimensions: stride, padding (``"same"`` and ``padding_mode`` too), dilation, groups."""
+def conv_rule(layer: Conv, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
+    """Convolutions of one to three dimensions: stride, padding (``"same"`` and ``padding_mode`` too), dilation,
+    groups."""
     dims = layer.weight.dim() - 2
     padding = layer.padding
     sides = _explicit_padding(layer)
@@ -96,17 +101,17 @@ def conv_rule(layer: nn.Module, activations: Tensor, backprops: Tensor) -> dict[
     return {"weight": ConvProduct(activations, backprops, geometry), "bias": bias}
 
 
-def _explicit_padding(layer: nn.Module) -> list[int] | None:
-    """``F.pad`` amounts where a convolution's own padding argument cannot say it: other modes than zeros, lopsided "same"."""
+def _explicit_padding(layer: Conv) -> list[int] | None:
+    """``F.pad`` amounts where a convolution's own padding argument cannot say it: other modes than zeros, lopsided
+    "same"."""
     if layer.transposed or (layer.padding_mode == "zeros" and layer.padding != "same"):
         return None
-    dims = layer.weight.dim() - 2
     sides: list[int] = []
-    for dim in reversed(range(dims)):
+    for dim in reversed(range(layer.weight.dim() - 2)):
         if layer.padding == "same":
             total = layer.dilation[dim] * (layer.kernel_size[dim] - 1)
             sides += [total // 2, total - total // 2]
-        elif layer.padding == "valid":
+        elif isinstance(layer.padding, str):  # "valid"
             sides += [0, 0]
         else:
             sides += [layer.padding[dim]] * 2
@@ -121,24 +126,30 @@ def _affine(normalized: Tensor, backprops: Tensor) -> dict[str, Gradient | Tenso
 
 
 @register_layer_rule(nn.GroupNorm)
-def group_norm_rule(layer: nn.Module, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
+def group_norm_rule(layer: nn.GroupNorm, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
     """``[N, C, *]``, normalised within each record and group."""
     return _affine(F.group_norm(ops.widen(activations), layer.num_groups, eps=layer.eps), backprops)
 
 
 @register_layer_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-def instance_norm_rule(layer: nn.Module, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
+def instance_norm_rule(
+    layer: nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d, activations: Tensor, backprops: Tensor
+) -> dict[str, Gradient | Tensor]:
     """``[N, C, *]``, normalised within each record and channel (running statistics are refused at attachment)."""
     return _affine(F.instance_norm(ops.widen(activations), eps=layer.eps), backprops)
 
 
 @register_layer_rule(nn.LayerNorm, nn.RMSNorm)
-def layer_norm_rule(layer: nn.Module, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
+def layer_norm_rule(
+    layer: nn.LayerNorm | nn.RMSNorm, activations: Tensor, backprops: Tensor
+) -> dict[str, Gradient | Tensor]:
     """``[N, *, *normalized_shape]``: the positions before the normalised dimensions are summed."""
     shape = list(layer.normalized_shape)
-    normalise = F.rms_norm if isinstance(layer, nn.RMSNorm) else F.layer_norm
     n, features = activations.shape[0], math.prod(shape)
-    normalized = normalise(ops.widen(activations), shape, eps=layer.eps)
+    if isinstance(layer, nn.RMSNorm):
+        normalized = F.rms_norm(ops.widen(activations), shape, eps=layer.eps)
+    else:
+        normalized = F.layer_norm(ops.widen(activations), shape, eps=layer.eps)
     normalized = normalized.reshape(n, normalized[0].numel() // features if n else 0, features)
     backprops = ops.widen(backprops).reshape(normalized.shape)
     weight = ops.affine_grad_sample(normalized.transpose(1, 2), backprops.transpose(1, 2))
@@ -146,7 +157,7 @@ def layer_norm_rule(layer: nn.Module, activations: Tensor, backprops: Tensor) ->
 
 
 @register_layer_rule(nn.Embedding)
-def embedding_rule(layer: nn.Module, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
+def embedding_rule(layer: nn.Embedding, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
     """Indices ``[N, *]``; rows at ``padding_idx`` have no gradient."""
     if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
         raise NotImplementedError(

@@ -13,7 +13,8 @@ from .capture import Capture
 
 
 class FusedGradSampleHooks(AbstractGradSampleHooks):
-    """Captures per-sample gradients of ``m`` without wrapping it (``wrap_model=False``); :meth:`cleanup` takes the hooks off.
+    """Captures per-sample gradients of ``m`` without wrapping it (``wrap_model=False``); :meth:`cleanup` takes the
+    hooks off.
 
     Args:
         m: the model.
@@ -30,7 +31,8 @@ class FusedGradSampleHooks(AbstractGradSampleHooks):
     def _attach(self, m: nn.Module) -> None:
         for parameter in m.parameters():  # the parent marks parameters; this mode keeps its state elsewhere
             for attribute in OPACUS_PARAM_MONKEYPATCH_ATTRS:
-                parameter.__dict__.pop(attribute, None)
+                if hasattr(parameter, attribute):
+                    delattr(parameter, attribute)
         self.capture = Capture(m, batch_first=self.batch_first)
 
     def set_grad_sample_to_none(self) -> None:
@@ -55,7 +57,8 @@ class FusedGradSampleHooks(AbstractGradSampleHooks):
 
 
 class FusedGradSampleModule(FusedGradSampleHooks, AbstractGradSampleModule):
-    """The model, wrapped: calls and attributes pass through; ``state_dict`` keys begin with ``_module.`` as in Opacus."""
+    """The model, wrapped: calls and attributes pass through; ``state_dict`` keys begin with ``_module.`` as in
+    Opacus."""
 
     def __init__(self, m: nn.Module, *, batch_first: bool = True, loss_reduction: str = "mean") -> None:
         AbstractGradSampleModule.__init__(self, m, batch_first=batch_first, loss_reduction=loss_reduction)

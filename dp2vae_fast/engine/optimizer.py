@@ -18,17 +18,20 @@ from .update import FusedUpdate
 
 
 class DPOptimizer(OpacusDPOptimizer):
-    """Takes per-sample gradients from a :class:`~.capture.Capture`, clips, sums, adds noise, and steps the inner optimizer.
+    """Takes per-sample gradients from a :class:`~.capture.Capture`, clips, sums, adds noise, and steps the inner
+    optimizer.
 
-    ``grad = (sum_n c_n g_n + noise_multiplier * sensitivity * z) / expected_batch_size``, z standard normal. The sum runs over all
-    physical batches since the last step, in float32 or wider; the division (``loss_reduction="mean"`` only) is by the *public* expected batch size.
+    ``grad = (sum_n c_n g_n + noise_multiplier * sensitivity * z) / expected_batch_size``, z standard normal. The
+    sum runs over all physical batches since the last step, in float32 or wider; the division
+    (``loss_reduction="mean"`` only) is by the *public* expected batch size.
 
     Where the inner optimizer is SGD, Adam or AdamW, noise and step happen in one pass and the private gradient is
     never in memory; pass ``materialize_grad=True`` to have it in ``p.grad`` after the step, as Opacus does.
 
     Guarantees:
-        No record contributes more than ``max_grad_norm`` to the sum, over all parameters of this optimizer together. A record whose gradient is
-        not finite contributes exactly zero; an empty batch contributes zero, and its step is noised and counted.
+        No record contributes more than ``max_grad_norm`` to the sum, over all parameters of this optimizer
+        together. A record whose gradient is not finite contributes exactly zero; an empty batch contributes zero,
+        and its step is noised and counted.
 
     Args:
         optimizer: the inner optimizer; its state and param_groups stay its own.
@@ -100,7 +103,8 @@ class DPOptimizer(OpacusDPOptimizer):
             self._sums[p] = weighted if pending is None else pending.add_(weighted)
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-        """Clip and accumulate; unless this step is to be skipped, put the private gradient in ``p.grad`` and count the step."""
+        """Clip and accumulate; unless this step is to be skipped, put the private gradient in ``p.grad`` and count
+        the step."""
         if not self._begin_step():
             return False
         self.add_noise()
@@ -111,7 +115,8 @@ class DPOptimizer(OpacusDPOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; a physical batch that is not its logical batch's last (``signal_skip_step``) is only accumulated."""
+        """One step; a physical batch that is not its logical batch's last (``signal_skip_step``) is only
+        accumulated."""
         if closure is not None:
             with torch.enable_grad():
                 closure()
@@ -164,7 +169,7 @@ class DPOptimizer(OpacusDPOptimizer):
         return True
 
     def _scale(self) -> float:
-        if self.loss_reduction == "sum":
+        if self.loss_reduction == "sum" or self.expected_batch_size is None:
             return 1.0
         return 1.0 / (self.expected_batch_size * self.accumulated_iterations)
 

@@ -1,7 +1,8 @@
 """Which parameters' per-sample gradients are formed and kept, and which never exist.
 
-Both roads are exact; they differ in time and memory only. ``product`` takes the norm by Gram matrices and the weighted gradient
-by the vendor library afterwards; ``kept`` forms each record's gradient once, after which norm and weighted sum are reads.
+Both roads are exact; they differ in time and memory only. ``product`` takes the norm by Gram matrices and the
+weighted gradient by the vendor library afterwards; ``kept`` forms each record's gradient once, after which norm
+and weighted sum are reads.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from .gradients import Cost, Gradient, Kept
 
 Method = Literal["product", "kept"]
 
-# Cost of writing and reading back one number of a kept gradient, in multiply-adds of a matrix product. Measured on a two-core
-# x86-64 CPU on transposed convolutions of 16 to 1024 positions; it only moves the crossover.
+# Cost of writing and reading back one number of a kept gradient, in multiply-adds of a matrix product. Measured on
+# a two-core x86-64 CPU on transposed convolutions of 16 to 1024 positions; it only moves the crossover.
 _KEPT_NUMBER = 60.0
 
 
@@ -36,8 +37,8 @@ class Plan:
 
     Args:
         forced: parameter name -> method, overriding the cost model.
-        max_kept_bytes: budget for the kept gradients of one parameter; above it a product is used. Gradients that a rule
-            forms anyway (biases, affine scales, the vmap fallback) are not counted.
+        max_kept_bytes: budget for the kept gradients of one parameter; above it a product is used. Gradients that
+            a rule forms anyway (biases, affine scales, the vmap fallback) are not counted.
     """
 
     forced: dict[str, Method] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from typing import Any
 import opacus
 from opacus.accountants import create_accountant
 from opacus.grad_sample.gsm_base import AbstractGradSampleModule
+from opacus.optimizers import DPOptimizer as OpacusDPOptimizer
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -26,14 +27,15 @@ FUSED = "fused"
 class PrivacyEngine(opacus.PrivacyEngine):
     """Opacus' ``PrivacyEngine`` whose default ``grad_sample_mode`` is ``"fused"``.
 
-    In this mode one backward pass yields every record's gradient norm without storing per-sample gradients, noise comes from a
-    ChaCha20 stream, and :meth:`make_private` returns ``(module, optimizer, data_loader)``; the user's loop
+    In this mode one backward pass yields every record's gradient norm without storing per-sample gradients, noise
+    comes from a ChaCha20 stream, and :meth:`make_private` returns ``(module, optimizer, data_loader)``; the user's loop
     stays as it is. Opacus' own modes are passed through unchanged.
 
     Args:
         accountant: "prv", "rdp" or "gdp" (Opacus' accountants).
         secure_mode: fused mode draws noise and Poisson coins from the operating system's key by default, so True only
-            forbids anything else (``noise_generator``, a seeded keystream). Opacus' own modes would need torchcsprng: refused.
+            forbids anything else (``noise_generator``, a seeded keystream). Opacus' own modes would need
+            torchcsprng: refused.
         keystream: the key that noise and coins come from; a new secret one unless given.
     """
 
@@ -44,7 +46,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         secure_mode: bool = False,
         keystream: Keystream | None = None,
     ) -> None:
-        # Not super().__init__: it warns that the noise is not cryptographic, or demands torchcsprng. Ours is, without it.
+        # Not super().__init__: it warns that the noise is not cryptographic, or demands torchcsprng. Ours is,
+        # without it.
         self.accountant = create_accountant(mechanism=accountant)
         self.secure_mode = secure_mode
         self.secure_rng = None
@@ -58,18 +61,20 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def make_private(self, *, grad_sample_mode: str = FUSED, **kwargs: Any) -> Any:
         """Opacus' ``make_private``; see there for the arguments and returns.
 
-        In mode ``"fused"`` it takes ``rows_per_record``, ``materialize_grad`` and ``count_rounding`` too (:class:`~.capture.Capture`,
-        :class:`~.optimizer.DPOptimizer`, :class:`~.clipping.FlatClipping`).
+        In mode ``"fused"`` it takes ``rows_per_record``, ``materialize_grad`` and ``count_rounding`` too
+        (:class:`~.capture.Capture`, :class:`~.optimizer.DPOptimizer`, :class:`~.clipping.FlatClipping`).
 
         Raises:
             ValueError: ``noise_generator`` in secure mode; optimizer parameters that are not the module's.
-            NotImplementedError: a layer that mixes records, or a clipping mode or wrapper that fused mode does not have.
+            NotImplementedError: a layer that mixes records, or a clipping mode or wrapper that fused mode does not
+            have.
         """
         self._select(grad_sample_mode)
         return super().make_private(grad_sample_mode=grad_sample_mode, **kwargs)
 
     def make_private_with_epsilon(self, *, grad_sample_mode: str = FUSED, **kwargs: Any) -> Any:
-        """Opacus' ``make_private_with_epsilon``: the noise multiplier follows from a target (epsilon, delta) and epochs."""
+        """Opacus' ``make_private_with_epsilon``: the noise multiplier follows from a target (epsilon, delta) and
+        epochs."""
         self._select(grad_sample_mode)
         return super().make_private_with_epsilon(grad_sample_mode=grad_sample_mode, **kwargs)
 
@@ -90,12 +95,14 @@ class PrivacyEngine(opacus.PrivacyEngine):
         """:meth:`make_private` for a loop that draws its own batches: no loader, every number public and given.
 
         Args:
-            sample_rate: probability with which the loop puts each record into a batch (:class:`~.sampling.PoissonBatches`).
+            sample_rate: probability with which the loop puts each record into a batch
+                (:class:`~.sampling.PoissonBatches`).
             expected_batch_size: public divisor of the noisy sum. With ``loss_reduction="sum"`` nothing is divided.
             rows_per_record: consecutive rows that belong to one record; fused mode only.
 
         Returns:
-            The wrapped module and the private optimizer; the accountant counts one step of rate ``sample_rate`` per optimizer step.
+            The wrapped module and the private optimizer; the accountant counts one step of rate ``sample_rate``
+            per optimizer step.
         """
         self._select(grad_sample_mode)
         if grad_sample_mode != FUSED and rows_per_record != 1:
@@ -103,7 +110,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if grad_sample_mode == FUSED:
             kwargs["rows_per_record"] = rows_per_record
         wrapped = self._prepare_model(
-            module, max_grad_norm=max_grad_norm, loss_reduction=loss_reduction, grad_sample_mode=grad_sample_mode
+            module,
+            max_grad_norm=max_grad_norm,
+            loss_reduction=loss_reduction,
+            grad_sample_mode=grad_sample_mode,
         )
         private = self._prepare_optimizer(
             optimizer=optimizer,
@@ -133,7 +143,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             return module
         if isinstance(module, AbstractGradSampleModule):
             raise ValueError(
-                f"the module is already wrapped by {type(module).__name__}: pass the plain module, module.to_standard_module()"
+                f"the module is already wrapped by {type(module).__name__}: pass the plain module, "
+                "module.to_standard_module()"
             )
         wrapper = FusedGradSampleModule if kwargs.get("wrap_model", True) else FusedGradSampleHooks
         hooks = wrapper(module, batch_first=batch_first, loss_reduction=kwargs.get("loss_reduction", "mean"))
@@ -151,7 +162,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         kwargs.pop("secure_mode", None)
         generator = kwargs.pop("noise_generator", None)
         keystream = self.keystream if generator is None else Keystream.from_generator(generator)
-        if isinstance(optimizer, opacus.optimizers.DPOptimizer):
+        if isinstance(optimizer, OpacusDPOptimizer):
             optimizer = optimizer.original_optimizer
         capture = self._capture_of(optimizer)
         capture.set_rows_per_record(kwargs.pop("rows_per_record", 1))
@@ -188,7 +199,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         self._fused = grad_sample_mode == FUSED
         if self.secure_mode and not self._fused:
             raise ValueError(
-                f"secure_mode=True with grad_sample_mode={grad_sample_mode!r} needs torchcsprng, which is not available: "
+                f"secure_mode=True with grad_sample_mode={grad_sample_mode!r} needs torchcsprng, which is not "
+                "available: "
                 "use grad_sample_mode='fused'"
             )
 

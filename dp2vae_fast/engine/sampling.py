@@ -1,7 +1,8 @@
 """Poisson sampling: every record enters every batch with the same public probability, on its own coin.
 
-A draw has a random size. For a user's ``DataLoader`` it becomes one batch of that size (:class:`PoissonSampler`); for a loop over tensors
-it becomes physical batches of one fixed shape with a mask (:class:`PoissonBatches`). A draw is never truncated and never
+A draw has a random size. For a user's ``DataLoader`` it becomes one batch of that size (:class:`PoissonSampler`);
+for a loop over tensors it becomes physical batches of one fixed shape with a mask (:class:`PoissonBatches`). A
+draw is never truncated and never
 skipped: an empty one is an empty batch, or one that is all padding.
 """
 
@@ -23,8 +24,8 @@ from .keystream import Stream
 class PhysicalBatch:
     """Part of one Poisson draw, at most ``physical_batch_size`` rows.
 
-    ``indices [B]`` (int64) name records; where ``mask [B]`` is False the row is padding and must have zero weight in the loss. ``last``: the draw
-    ends here, and with it the step.
+    ``indices [B]`` (int64) name records; where ``mask [B]`` is False the row is padding and must have zero weight
+    in the loss. ``last``: the draw ends here, and with it the step.
     """
 
     indices: Tensor
@@ -95,7 +96,8 @@ class PoissonSampler(Sampler[list[int]]):
 class PoissonDataLoader(DataLoader):
     """A ``DataLoader`` whose batches are Poisson draws, otherwise as the one it is made from.
 
-    The sampling rate is one over the number of batches of the original loader, and a pass has as many steps as that loader had.
+    The sampling rate is one over the number of batches of the original loader, and a pass has as many steps as
+    that loader had.
     """
 
     sample_rate: float

@@ -14,10 +14,11 @@ from .keystream import Stream
 
 
 class FusedUpdate(ABC):
-    """One optimizer step from clipped sums: ``grad = (sum + std z) * scale``, then the optimizer's own arithmetic, in place.
+    """One optimizer step from clipped sums: ``grad = (sum + std z) * scale``, then the optimizer's own arithmetic,
+    in place.
 
-    The optimizer's ``param_groups`` and ``state`` are read and written as its own ``step`` would, so its state_dict, schedulers and
-    checkpoints stay valid and either road can continue the other.
+    The optimizer's ``param_groups`` and ``state`` are read and written as its own ``step`` would, so its
+    state_dict, schedulers and checkpoints stay valid and either road can continue the other.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -25,7 +26,8 @@ class FusedUpdate(ABC):
 
     @staticmethod
     def of(optimizer: Optimizer) -> FusedUpdate | None:
-        """The fused update for ``optimizer``, or None where its own ``step`` must run: another class, unusual options or dtypes."""
+        """The fused update for ``optimizer``, or None where its own ``step`` must run: another class, unusual
+        options or dtypes."""
         kind = {SGD: _FusedSGD, Adam: _FusedAdam, AdamW: _FusedAdam}.get(type(optimizer))  # type: ignore[call-overload]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         plain = all(p.dtype in (torch.float32, torch.float64) and p.layout == torch.strided for p in parameters)
@@ -38,7 +40,8 @@ class FusedUpdate(ABC):
         return not (self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks)
 
     def step(self, sums: dict[Tensor, Tensor], *, stream: Stream, std: float, scale: float) -> None:
-        """Consume one noise step of ``stream`` for all parameters; the index of a parameter is its place in the optimizer."""
+        """Consume one noise step of ``stream`` for all parameters; the index of a parameter is its place in the
+        optimizer."""
         step, first = stream.next_step(), 0
         for group in self.optimizer.param_groups:
             every = group["params"]

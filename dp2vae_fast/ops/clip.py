@@ -15,12 +15,13 @@ def clip_factors(norm_sq: Tensor, error: Tensor, max_grad_norm: float) -> Tensor
     ``c[n] = min(1, max_grad_norm / sqrt(sum_l norm_sq[l, n] + error[l, n]))``, rounded down.
 
     Shapes:
-        norm_sq ``[L, N]``, error ``[L, N]``: one row per parameter, together an upper bound of the squared gradient norm -> ``[N]``.
+        norm_sq ``[L, N]``, error ``[L, N]``: one row per parameter, together an upper bound of the squared
+            gradient norm -> ``[N]``.
     Guarantee:
         ``c[n] * g[n]`` is no longer than ``max_grad_norm``, the rounding of this division and of that product included.
     Edge cases:
-        A record whose sum is not finite gets exactly 0 (mask its rows too before a weighted sum: 0 * inf is NaN). A zero norm gets 1.
-        N = 0 gives an empty tensor.
+        A record whose sum is not finite gets exactly 0 (mask its rows too before a weighted sum: 0 * inf is NaN).
+        A zero norm gets 1. N = 0 gives an empty tensor.
     """
     bound_sq = norm_sq.sum(0) + error.sum(0)
     # L additions, one square root, one division and the later product c * g each round once.

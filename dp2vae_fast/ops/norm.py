@@ -6,19 +6,20 @@ A layer that uses its weight at T positions has, for record n, the weight gradie
 
 Two exact roads lead to ``|G[n]|^2``:
 
-* **gram** never forms ``G``: ``sum_{t,t'} <a_t, a_t'> <b_t, b_t'>``. It costs about ``T^2 (D + P)`` products and wins where T is small.
-* **grad sample** forms ``G[n]`` once and keeps it: ``T D P`` products and ``D P`` numbers a record. It wins where T is large and the weight small,
-  and the clipped sum is then one matrix-vector product.
+* **gram** never forms ``G``: ``sum_{t,t'} <a_t, a_t'> <b_t, b_t'>``. It costs about ``T^2 (D + P)`` products and
+  wins where T is small.
+* **grad sample** forms ``G[n]`` once and keeps it: ``T D P`` products and ``D P`` numbers a record. It wins where
+  T is large and the weight small, and the clipped sum is then one matrix-vector product.
 
 Every ``*_norm_sq`` returns two tensors ``[N]``: the squared norm as computed, and an ``error`` such that
 
     |G[n]|^2  <=  norm_sq[n] + error[n]
 
 holds for the exact gradient of the given operands, whatever order the additions were made in (Higham, *Accuracy and
-Stability of Numerical Algorithms*, ch. 3: an inner product of length m is off by at most ``m u / (1 - m u)`` times the inner product of
-magnitudes). The clip factor divides by the sum of the two, which keeps every record's realised contribution within its bound even where a
-Gram sum cancels. Operands of lower precision than float32 are widened first, so ``u`` is the unit roundoff of
-float32 or float64.
+Stability of Numerical Algorithms*, ch. 3: an inner product of length m is off by at most ``m u / (1 - m u)`` times
+the inner product of magnitudes). The clip factor divides by the sum of the two, which keeps every record's
+realised contribution within its bound even where a Gram sum cancels. Operands of lower precision than float32 are
+widened first, so ``u`` is the unit roundoff of float32 or float64.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ _MARGIN = 1.02
 
 
 def operand_roundoff(like: Tensor) -> float:
-    """Relative error with which matrix products round their float32 operands before multiplying, as this process is set.
+    """Relative error with which matrix products round their float32 operands before multiplying, as this process
+    is set.
 
     Zero unless the user allowed TF32 or bfloat16 products (``torch.set_float32_matmul_precision``,
     ``torch.backends.cudnn.allow_tf32`` on CUDA, where it is PyTorch's default for convolutions).
@@ -57,7 +59,8 @@ def operand_roundoff(like: Tensor) -> float:
 def _gamma(length: int, like: Tensor) -> float:
     """Relative error bound of a squared norm formed by sums of ``length`` products, with the module's margin.
 
-    Where operands are rounded, four of them enter a squared norm and two, doubled by the square, the weighted gradient that is
+    Where operands are rounded, four of them enter a squared norm and two, doubled by the square, the weighted
+    gradient that is
     formed from the same operands afterwards: eight roundings in all.
     """
     x = length * (2.0**-53 if like.dtype == torch.float64 else 2.0**-24)
@@ -72,7 +75,8 @@ def widen(x: Tensor) -> Tensor:
 def _gram_norm(gram_a: Tensor, gram_b: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Finish ``sum_{t,t'} A[t,t'] B[t,t']`` for Gram matrices ``[N, G, T, T]``; groups add.
 
-    ``sum_{t,t'} |A||B| <= (sum_t |a_t||b_t|)^2`` by Cauchy-Schwarz, and the diagonals hold the norms: the error bound is free.
+    ``sum_{t,t'} |A||B| <= (sum_t |a_t||b_t|)^2`` by Cauchy-Schwarz, and the diagonals hold the norms: the error
+    bound is free.
     """
     norm_sq = (gram_a * gram_b).sum(-1).sum(-1).sum(-1)
     reach = gram_a.diagonal(dim1=-2, dim2=-1) * gram_b.diagonal(dim1=-2, dim2=-1)
@@ -176,8 +180,10 @@ def conv_norm_sq(
 ) -> tuple[Tensor, Tensor]:
     """Squared norm of the per-sample weight gradient of an n-dimensional (transposed) convolution, without unfolding.
 
-    ``sum_{t,t'} B[t,t'] sum_tap X[s t + d tap - p, s t' + d tap - p]`` with the Gram matrices B of the plain operand and X of
-    the pixels of the other: channel products are made once a pixel pair and only *added up* over the taps. With stride s a tap
+    ``sum_{t,t'} B[t,t'] sum_tap X[s t + d tap - p, s t' + d tap - p]`` with the Gram matrices B of the plain
+    operand and X of
+    the pixels of the other: channel products are made once a pixel pair and only *added up* over the taps. With
+        stride s a tap
     reads pixels of one phase ``(d tap - p) mod s`` only, so X is taken phase by phase.
 
     Shapes:
@@ -185,7 +191,8 @@ def conv_norm_sq(
     Guarantee:
         ``norm_sq + error`` is an upper bound of the exact squared norm (module docstring).
     Edge cases:
-        N = 0 gives empty tensors; positions outside the input count as zero; non-finite operands give a non-finite result.
+        N = 0 gives empty tensors; positions outside the input count as zero; non-finite operands give a non-finite
+        result.
     """
     plain, spread = _conv_roles(activations, backprops, transposed)
     n, kernel, grid = plain.shape[0], weight_shape[2:], list(plain.shape[2:])
@@ -223,7 +230,8 @@ def affine_grad_sample(normalized: Tensor, backprops: Tensor) -> Tensor:
     """Per-sample gradient of a normalisation layer's scale: ``sum_s normalized[n, c, s] backprops[n, c, s]``.
 
     Shapes:
-        normalized ``[N, C, S]`` (the layer's input after normalisation, before scale and bias), backprops ``[N, C, S]`` -> ``[N, C]``.
+        normalized ``[N, C, S]`` (the layer's input after normalisation, before scale and bias), backprops ``[N, C,
+        S]`` -> ``[N, C]``.
     """
     return (widen(normalized) * widen(backprops)).sum(2)
 

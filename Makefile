@@ -1,0 +1,50 @@
+# `make demo` and `make test` each do everything on their own: set-up, build, run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BUILT := $(VENV)/.built
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
+PYTHON_ROOMS := dp2vae_fast kernels tests benchmarks setup.py
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: setup demo test lint types kernels ci format clean
+
+setup: $(BUILT)
+
+$(READY): requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(BUILT): $(READY) setup.py pyproject.toml $(NATIVE)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[train,dev]'
+	touch $@
+
+demo: setup
+	rm -rf runs/digits
+	$(BIN)/dp2vae train --recipe digits --out runs/digits
+
+test: setup
+	$(PYTEST) -n 2 tests
+
+lint: setup
+	$(BIN)/ruff check $(PYTHON_ROOMS)
+	$(BIN)/ruff format --check $(PYTHON_ROOMS)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+types: setup
+	$(BIN)/pyright
+
+kernels: setup
+	$(BIN)/python tests/compile_kernels.py
+
+ci: test lint types kernels
+
+format: setup
+	$(BIN)/ruff check --fix $(PYTHON_ROOMS)
+	$(BIN)/ruff format $(PYTHON_ROOMS)
+	$(BIN)/clang-format -i $(NATIVE)
+
+clean:
+	rm -rf $(VENV) build *.egg-info dp2vae_fast/_C*.so

@@ -1,0 +1,484 @@
+"""The drop-in contract, and what one optimizer step guarantees."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import opacus
+import pytest
+import torch
+from cases import LAYER_CASES, grads_one_by_one, record_loss
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dp2vae_fast import PrivacyEngine
+from dp2vae_fast.engine.keystream import Keystream
+
+D = torch.float64
+
+
+def small_model(dtype: torch.dtype = D, for_opacus: bool = False) -> nn.Module:
+    torch.manual_seed(7)
+    return nn.Sequential(
+        nn.Linear(6, 36),
+        nn.Unflatten(1, (4, 3, 3)),
+        nn.GroupNorm(2, 4),
+        nn.ReLU(inplace=not for_opacus),
+        nn.ConvTranspose2d(4, 3, 4, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(3, 2, 3, padding=1, padding_mode="zeros" if for_opacus else "reflect"),
+    ).to(dtype)
+
+
+def inputs(n: int, dtype: torch.dtype = D, seed: int = 0) -> Tensor:
+    return torch.randn(n, 6, generator=torch.Generator().manual_seed(seed), dtype=D).to(dtype)
+
+
+def privatize(model: nn.Module, make_optimizer, *, engine: PrivacyEngine | None = None, **kwargs):
+    settings = dict(
+        noise_multiplier=0.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=8, loss_reduction="sum"
+    )
+    engine = engine or PrivacyEngine()
+    return engine.privatize(model, make_optimizer(model.parameters()), **(settings | kwargs))
+
+
+def clipped_sum(model: nn.Module, batch: Tensor, bound: float) -> list[Tensor]:
+    """Oracle: one ordinary backward a record, clipped and added in float64."""
+    grads = grads_one_by_one(model, batch)
+    norm = torch.stack([g.flatten(1).square().sum(1) for g in grads.values()]).sum(0).sqrt()
+    factors = (bound / norm).clamp(max=1)
+    return [torch.einsum("n,n...->...", factors, g) for g in grads.values()]
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True, weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "rmsprop (no fused update)": lambda p: torch.optim.RMSprop(p, lr=0.01),
+}
+
+
+# The contract ----------------------------------------------------------------------------------------
+
+
+def loader(n: int = 40, batch_size: int = 8) -> DataLoader:
+    return DataLoader(TensorDataset(inputs(n, torch.float32)), batch_size=batch_size)
+
+
+def test_an_opacus_script_runs_with_one_import_changed():
+    model = small_model(torch.float32)
+    engine = PrivacyEngine()
+    model, optimizer, data_loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.Adam(model.parameters(), lr=0.01),
+        data_loader=loader(),
+        noise_multiplier=1.1,
+        max_grad_norm=1.0,
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    sizes = []
+    for _ in range(3):
+        for (batch,) in data_loader:
+            sizes.append(len(batch))
+            optimizer.zero_grad()
+            loss = record_loss(model(batch)).mean() if len(batch) else model(batch).sum()
+            loss.backward()
+            optimizer.step()
+    assert len(sizes) == 15 and len(set(sizes)) > 1  # Poisson draws, one step each
+    assert engine.accountant.history == [(1.1, 1 / 5, 15)]
+    assert engine.get_epsilon(1e-5) == pytest.approx(_opacus_epsilon(1.1, 1 / 5, 15, 1e-5))
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(name.startswith("_module.") for name in model.state_dict())
+    assert all(not hasattr(p, "grad_sample") for p in model.parameters())
+
+
+def _opacus_epsilon(sigma: float, rate: float, steps: int, delta: float) -> float:
+    accountant = opacus.accountants.PRVAccountant()
+    accountant.history = [(sigma, rate, steps)]
+    return accountant.get_epsilon(delta)
+
+
+def test_make_private_with_epsilon_meets_its_target():
+    model = small_model(torch.float32)
+    engine = PrivacyEngine()
+    model, optimizer, data_loader = engine.make_private_with_epsilon(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=loader(),
+        target_epsilon=4.0,
+        target_delta=1e-5,
+        epochs=2,
+        max_grad_norm=1.0,
+    )
+    for _ in range(2):
+        for (batch,) in data_loader:
+            model(batch).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert 3.0 < engine.get_epsilon(1e-5) <= 4.0
+
+
+def test_the_original_model_is_used_without_wrapping():
+    model = small_model(torch.float32)
+    engine = PrivacyEngine()
+    hooks, optimizer, data_loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=loader(),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        wrap_model=False,
+    )
+    keys = list(model.state_dict())
+    model(next(iter(data_loader))[0]).sum().backward()
+    optimizer.step()
+    assert not any(key.startswith("_module.") for key in keys)
+    hooks.cleanup()
+    model(inputs(2, torch.float32)).sum().backward()  # an ordinary model again
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "ew", "ghost"])
+def test_opacus_own_modes_still_work(mode: str):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+        parts = PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=loader(),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            grad_sample_mode=mode,
+            poisson_sampling=False,
+        )
+        private, optimizer, data_loader = parts[0], parts[1], parts[-1]
+        (batch,) = next(iter(data_loader))
+        criterion = parts[2] if mode == "ghost" else nn.CrossEntropyLoss()
+        criterion(private(batch), torch.zeros(len(batch), dtype=torch.int64)).backward()
+        optimizer.step()
+
+
+def test_checkpoints_restore_model_optimizer_and_accountant(tmp_path):
+    def fresh():
+        model = small_model()
+        engine = PrivacyEngine(keystream=Keystream.seeded(3))
+        return engine, *privatize(model, OPTIMIZERS["adam"], engine=engine, noise_multiplier=1.0)
+
+    def steps(model, optimizer, count):
+        for i in range(count):
+            record_loss(model(inputs(8, seed=i))).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    engine, model, optimizer = fresh()
+    steps(model, optimizer, 3)
+    engine.save_checkpoint(path=tmp_path / "c.pt", module=model, optimizer=optimizer)
+    steps(model, optimizer, 2)
+    again_engine, again, again_optimizer = fresh()
+    again_engine.load_checkpoint(path=tmp_path / "c.pt", module=again, optimizer=again_optimizer)
+    assert again_engine.accountant.history == [(1.0, 0.1, 3)]
+    again_optimizer.stream.advance_to(3)
+    steps(again, again_optimizer, 2)
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_secure_mode_needs_no_torchcsprng_and_refuses_what_is_not_secret():
+    engine = PrivacyEngine(secure_mode=True)
+    model, optimizer = privatize(small_model(), OPTIMIZERS["sgd"], engine=engine, noise_multiplier=1.0)
+    record_loss(model(inputs(4))).sum().backward()
+    optimizer.step()
+    assert optimizer.stream.source == "secret"
+    with pytest.raises(ValueError, match="secret keystream"):
+        PrivacyEngine(secure_mode=True, keystream=Keystream.seeded(0))
+    with pytest.raises(ValueError, match="torchcsprng"):
+        privatize(small_model(), OPTIMIZERS["sgd"], engine=engine, grad_sample_mode="hooks")
+    fresh = small_model(torch.float32)
+    with pytest.raises(ValueError, match="secure mode"):
+        engine.make_private(
+            module=fresh,
+            optimizer=torch.optim.SGD(fresh.parameters(), lr=0.1),
+            data_loader=loader(),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            noise_generator=torch.Generator(),
+        )
+
+
+def test_a_noise_generator_makes_noise_repeat_and_says_seeded():
+    results = []
+    for _ in range(2):
+        model = small_model()
+        generator = torch.Generator().manual_seed(5)
+        _, optimizer = privatize(model, OPTIMIZERS["sgd"], noise_multiplier=1.0, noise_generator=generator)
+        optimizer.step()
+        results.append([p.detach().clone() for p in model.parameters()])
+        assert optimizer.stream.source == "seeded"
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("option", [{"clipping": "per_layer"}, {"clipping": "adaptive"}, {"distributed": True}])
+def test_what_fused_mode_does_not_have_is_refused(option: dict):
+    with pytest.raises(NotImplementedError, match="fused"):
+        privatize(small_model(), OPTIMIZERS["sgd"], **option)
+
+
+def test_a_stranger_optimizer_is_refused():
+    engine = PrivacyEngine()
+    with pytest.raises(ValueError, match="not those of a module"):
+        engine.privatize(
+            small_model(),
+            torch.optim.SGD(small_model().parameters(), lr=0.1),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            sample_rate=0.1,
+            expected_batch_size=4,
+        )
+
+
+# One step --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("bound", [0.05, 1e6])
+def test_the_step_is_the_clipped_sum(reduction: str, bound: float):
+    model, batch = small_model(), inputs(5)
+    want = clipped_sum(model, batch, bound)
+    before = [p.detach().clone() for p in model.parameters()]
+    private, optimizer = privatize(
+        model, lambda p: torch.optim.SGD(p, lr=1.0), max_grad_norm=bound, loss_reduction=reduction
+    )
+    losses = record_loss(private(batch))
+    (losses.sum() if reduction == "sum" else losses.mean()).backward()
+    optimizer.step()
+    divisor = 1 if reduction == "sum" else 8  # the public expected batch size, not the 5 records of this batch
+    for p, old, total in zip(model.parameters(), before, want, strict=True):
+        torch.testing.assert_close(old - p, total / divisor, rtol=1e-9, atol=1e-13)
+
+
+def test_no_record_contributes_more_than_the_bound():
+    """Each record alone, of any size: the parameters move by at most C (lr 1, no noise)."""
+    for dtype in (torch.float32, D):
+        for size in (1e-6, 1.0, 1e4):
+            model = small_model(dtype)
+            private, optimizer = privatize(model, lambda p: torch.optim.SGD(p, lr=1.0), max_grad_norm=0.7)
+            for n in range(6):
+                before = [p.detach().clone() for p in model.parameters()]
+                (record_loss(private(inputs(1, dtype, seed=n) * size)) * size).sum().backward()
+                optimizer.clip_and_accumulate()
+                moved = torch.stack([s.double().norm() for s in optimizer._pending_sums()]).norm()
+                assert float(moved) <= 0.7, (dtype, size, n)
+                optimizer.zero_grad()
+                assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e300])
+def test_a_record_that_is_not_finite_contributes_exactly_zero(poison: float):
+    batch = inputs(5)
+    want = clipped_sum(small_model(), batch[[0, 1, 3, 4]], 1.0)
+    batch[2] = poison
+    private, optimizer = privatize(small_model(), lambda p: torch.optim.SGD(p, lr=1.0))
+    record_loss(private(batch)).sum().backward()
+    optimizer.clip_and_accumulate()
+    for total, expected in zip(optimizer._pending_sums(), want, strict=True):
+        torch.testing.assert_close(total, expected, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", LAYER_CASES, ids=lambda c: c.name)
+def test_an_empty_batch_is_a_noised_and_counted_step(case):
+    torch.manual_seed(0)
+    model = case.make().to(D)
+    engine = PrivacyEngine()
+    private, optimizer = privatize(model, lambda p: torch.optim.SGD(p, lr=1.0), engine=engine, noise_multiplier=1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    try:
+        private(case.inputs(0, D)).sum().backward()
+    except IndexError:  # instance norm: the framework's own forward refuses an empty batch
+        assert isinstance(model, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
+    optimizer.step()
+    assert engine.accountant.history == [(1.0, 0.1, 1)]
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert bool(torch.isfinite(p).all()) and not torch.equal(p, old)
+
+
+def test_a_step_without_any_backward_is_noised_and_counted():
+    model, engine = small_model(), PrivacyEngine()
+    _, optimizer = privatize(model, OPTIMIZERS["adam"], engine=engine, noise_multiplier=2.0)
+    optimizer.step()
+    assert engine.accountant.history == [(2.0, 0.1, 1)]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_noise_has_the_stated_deviation(name: str):
+    """The private gradient of an empty batch is noise of deviation sigma * C / expected batch size, in every
+    parameter."""
+    model = nn.Linear(100, 200).to(D)
+    sigma, bound, divisor = 1.5, 0.4, 8
+    _, optimizer = privatize(
+        model,
+        OPTIMIZERS[name],
+        noise_multiplier=sigma,
+        max_grad_norm=bound,
+        loss_reduction="mean",
+        expected_batch_size=divisor,
+        materialize_grad=True,
+        engine=PrivacyEngine(keystream=Keystream.seeded(11)),
+    )
+    optimizer.step()
+    deviation = sigma * bound / divisor
+    noise = torch.cat([p.grad.flatten() for p in model.parameters()])
+    chi = float(noise.square().sum() / deviation**2)
+    count = noise.numel()
+    assert abs(chi - count) < 5 * (2 * count) ** 0.5  # 5 standard deviations of a chi-square
+    assert abs(float(noise.mean())) < 5 * deviation / count**0.5
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_one_pass_update_equals_the_inner_optimizer(name: str):
+    """The same noise and sums, once through the fused update and once through p.grad and the optimizer's own step."""
+    models = [small_model(), small_model()]
+    runs = [
+        privatize(
+            model,
+            OPTIMIZERS[name],
+            noise_multiplier=0.8,
+            materialize_grad=materialize,
+            engine=PrivacyEngine(keystream=Keystream.seeded(2)),
+        )
+        for model, materialize in zip(models, (False, True), strict=True)
+    ]
+    for i in range(6):
+        for private, optimizer in runs:
+            record_loss(private(inputs(7, seed=i))).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if i == 2:  # the states are interchangeable
+            runs[0][1].load_state_dict(copy.deepcopy(runs[1][1].state_dict()))
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_hooks_on_the_inner_step_are_called():
+    model = small_model()
+    inner = torch.optim.Adam(model.parameters())
+    calls = []
+    inner.register_step_post_hook(lambda *_: calls.append(1))
+    _, optimizer = privatize(model, lambda _: inner)
+    optimizer.step()
+    assert calls == [1]
+
+
+def test_learning_rate_schedules_apply():
+    model = small_model()
+    _, optimizer = privatize(model, lambda p: torch.optim.SGD(p, lr=1.0), noise_multiplier=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.0)
+    optimizer.step()
+    scheduler.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+# Physical batches ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_physical_batches_add_up_to_the_logical_one(reduction: str):
+    batch = inputs(10)
+    results = []
+    for pieces in ([batch], list(batch.split(3))):
+        model, engine = small_model(), PrivacyEngine()
+        private, optimizer = privatize(
+            model, OPTIMIZERS["momentum"], engine=engine, max_grad_norm=0.1, loss_reduction=reduction
+        )
+        for piece in pieces:
+            optimizer.signal_skip_step(do_skip=piece is not pieces[-1])
+            losses = record_loss(private(piece))
+            (losses.sum() if reduction == "sum" else losses.mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert engine.accountant.history == [(0.0, 0.1, 1)]
+        results.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+def test_the_batch_memory_manager_splits_batches():
+    model = small_model(torch.float32)
+    engine = PrivacyEngine()
+    model, optimizer, data_loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=loader(40, 20),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    with BatchMemoryManager(data_loader=data_loader, max_physical_batch_size=4, optimizer=optimizer) as small:
+        physical = 0
+        for (batch,) in small:
+            assert len(batch) <= 4
+            physical += 1
+            optimizer.zero_grad()
+            model(batch).sum().backward()
+            optimizer.step()
+    assert engine.accountant.history == [(1.0, 0.5, 2)] and physical > 2
+
+
+def test_accumulation_is_refused_under_poisson_sampling_and_adds_otherwise():
+    def parts(poisson: bool):
+        model = small_model(torch.float32)
+        return PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+            data_loader=loader(),
+            noise_multiplier=0.0,
+            max_grad_norm=0.5,
+            loss_reduction="sum",
+            poisson_sampling=poisson,
+        )
+
+    model, optimizer, _ = parts(poisson=True)
+    record_loss(model(inputs(3, torch.float32))).sum().backward()
+    with pytest.raises(ValueError, match=r"optimizer\.step"):
+        model(inputs(3, torch.float32, seed=1))
+    model, optimizer, _ = parts(poisson=False)
+    want = clipped_sum(
+        small_model(torch.float32), torch.cat([inputs(3, torch.float32), inputs(4, torch.float32, 1)]), 0.5
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    for batch in (inputs(3, torch.float32), inputs(4, torch.float32, 1)):
+        record_loss(model(batch)).sum().backward()
+    assert optimizer.accumulated_iterations == 1  # the second is still open
+    optimizer.step()
+    for p, old, total in zip(model.parameters(), before, want, strict=True):
+        torch.testing.assert_close(old - p, total, rtol=1e-4, atol=1e-6)
+
+
+# Against Opacus --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("dtype", [torch.float32, D], ids=str)
+def test_twenty_steps_equal_opacus(name: str, dtype: torch.dtype):
+    """No noise, the same batches: the same parameters.
+
+    The loss is scaled so that norms are far above the 1e-6 that Opacus adds to them.
+    """
+    # Opacus' hooks refuse an in-place ReLU and get padding_mode="reflect" wrong.
+    models = [small_model(dtype, for_opacus=True), small_model(dtype, for_opacus=True)]
+    runs = [
+        privatize(models[0], OPTIMIZERS[name], max_grad_norm=1.0, loss_reduction="mean", count_rounding=False),
+        privatize(models[1], OPTIMIZERS[name], max_grad_norm=1.0, loss_reduction="mean", grad_sample_mode="hooks"),
+    ]
+    for step in range(20):
+        for private, optimizer in runs:
+            (1e5 * record_loss(private(inputs(9, dtype, seed=step)))).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    ours, theirs = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in models)
+    assert (ours - theirs).norm() < (1e-9 if dtype == D else 1e-5) * theirs.norm()
