@@ -11,9 +11,7 @@ from glob import glob
 from setuptools import find_packages, setup
 
 NATIVE = os.environ.get("DP2VAE_FAST_NATIVE", "auto")
-TORCH_TARGET_VERSION = (
-    "0x020b000000000000"  # the stable interface of torch 2.11: one build serves any later torch
-)
+TORCH_TARGET_VERSION = "0x020b000000000000"  # the stable interface of torch 2.11: one build serves any later torch
 
 
 def native_build():
@@ -45,7 +43,16 @@ def native_build():
         include_dirs=["csrc", pybind11.get_include()],
         depends=sorted(glob("csrc/**/*.h", recursive=True)),
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-        extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"],
+        extra_compile_args=[
+            "-std=c++17",
+            "-O3",
+            "-g0",
+            "-fvisibility=hidden",
+            "-ffp-contract=off",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-Wno-psabi",
+        ],
         optional=True,
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildNative}}

@@ -8,6 +8,7 @@ import torch
 
 from dp2vae_fast.ops._op import backend, backends_table, load_triton
 from dp2vae_fast.ops.clip import clip_factors
+from dp2vae_fast.ops.noise import add_noise_, noise_adam_, noise_sgd_, random_words
 from dp2vae_fast.ops.norm import (
     affine_grad_sample,
     conv_grad_sample,
@@ -19,7 +20,6 @@ from dp2vae_fast.ops.norm import (
     per_dim,
     widen,
 )
-from dp2vae_fast.ops.noise import add_noise_, noise_adam_, noise_sgd_, random_words
 
 __all__ = [
     "add_noise_",

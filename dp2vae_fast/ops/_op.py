@@ -156,9 +156,7 @@ class Op(Generic[R]):
                 return self._implementations[name].overload(*args, **kwargs)
         raise NotImplementedError(self._explain(order, args, kwargs))
 
-    def register(
-        self, name: str, supports: Supports | None = None
-    ) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    def register(self, name: str, supports: Supports | None = None) -> Callable[[Callable[..., R]], Callable[..., R]]:
         """Decorate a Python-side implementation of this op, such as a Triton launcher.
 
         `supports` takes the op's arguments and returns True, or the reason why it cannot run on them.

@@ -1,0 +1,66 @@
+// What the instruction-set-independent half of the CPU noise ops (noise.cpp) and the kernels
+// (noise_kernels.h) share.
+#pragma once
+
+#include <cstdint>
+
+namespace dp2vae {
+
+constexpr int64_t kSuperblock = 128;  // elements that eight ChaCha20 blocks serve
+constexpr uint32_t kTail = 1;         // added to the nonce's first word for tail words
+
+// Key and nonce of one parameter's noise.
+struct Draw {
+  uint32_t key[8];
+  uint32_t nonce[3];
+};
+
+// What to do with one tensor and its standard normals z. Fields are in the tensor's own type, as PyTorch
+// computes.
+template <class T>
+struct AddNoise {
+  T* data;
+  T std;
+};
+
+template <class T>
+struct Sgd {
+  T* param;
+  const T* sum;
+  T* momentum_buffer;  // null without momentum
+  T std, scale, lr, momentum, undamped, weight_decay;
+  bool nesterov, first_step;
+};
+
+template <class T>
+struct Adam {
+  T* param;
+  const T* sum;
+  T *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // the last null without amsgrad
+  T std, scale, step_size, lerp_weight, beta2, one_minus_beta2, root_correction2, eps, weight_decay, shrink;
+};
+
+// Updates superblocks [first, end) of a tensor of n elements.
+template <class Update>
+using Kernel = void (*)(const Draw& draw, int64_t n, int64_t first, int64_t end, const Update& update);
+
+struct NoiseKernels {
+  const char* name;
+  // Words of ChaCha20 blocks [first, end), in keystream order, cut off at n words.
+  void (*random_words)(const Draw& draw, int64_t n, int64_t first, int64_t end, uint32_t* out);
+  Kernel<AddNoise<float>> add_noise_float;
+  Kernel<AddNoise<double>> add_noise_double;
+  Kernel<Sgd<float>> sgd_float;
+  Kernel<Sgd<double>> sgd_double;
+  Kernel<Adam<float>> adam_float;
+  Kernel<Adam<double>> adam_double;
+};
+
+namespace portable {
+extern const NoiseKernels noise_kernels;
+}
+namespace avx2 {
+extern const NoiseKernels noise_kernels;
+}
+
+}  // namespace dp2vae
