@@ -11,89 +11,90 @@ figures are private.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from .config import MECHANISM_TABLES, Config
-from .vae.checkpoint import RunError, remove_temporaries, write_json
+from .vae.checkpoint import RunError, load_checkpoint, remove_temporaries, save_checkpoint, write_json
 from .vae.ledger import Ledger
 
 _SIGNS_OF_A_RUN = ("curator/run.json", "decoder.safetensors", "privacy.json")
 
 
 class RunFolder:
-    """The folder of one run, opened for training.
+    """The folder of one run, opened for training; a context manager that holds the ledger's lock.
 
     Args:
-        path: where the run lives; created, with its parents, when missing.
-        resume: go on with the run that is there. Without it a folder that holds a run is refused.
+        path: where the run lives; created, with its parents, when missing. None: nothing is written anywhere.
+        resume: go on with the run that is there, or start one. Without it a folder that holds a run is refused.
+        config: settings of the run. A resumed run must have the same, except for performance and for the path of the
+            data.
+        data_sha256: digest of the training records, which must be the same too.
 
-    Raises :class:`~dp2vae_fast.vae.checkpoint.RunError`: the folder holds a run, holds none to resume, or
-    cannot be written.
+    Raises :class:`~dp2vae_fast.vae.checkpoint.RunError`: the folder holds a run, another run, or cannot be written.
     """
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
+    def __init__(self, path: Path | None, *, resume: bool, config: Config, data_sha256: str) -> None:
         self.path = path
-        self.curator = path / "curator"
-        check_output(path, resume=resume)
-        self._created = _make_folder(self.curator)
-        try:
-            remove_temporaries(path)
-            remove_temporaries(self.curator)
-            self.ledger = Ledger(self.curator / "ledger")
-        except OSError as error:
-            self._remove_created()
-            raise RunError(f"cannot write into {path}: {error.strerror}") from error
-
-    def identify(self, config: Config, data_sha256: str) -> None:
-        """Write ``run.json`` for a new run; for a resumed one make sure that configuration and data are still
-        the same.
-
-        Settings of performance may differ: they do not change the mechanism.
-        """
-        file = self.curator / "run.json"
-        if not file.exists():
-            write_json(
-                file, {"recipe": config.recipe, "config": config.to_dict(), "data_sha256": data_sha256}
-            )
+        self._created: list[Path] = []
+        self.ledger = Ledger()
+        if path is None:
             return
-        known = read_run(self.path)
+        check_output(path, resume=resume)
+        self._created = _make_folder(path / "curator")
+        try:
+            self.ledger = Ledger(path / "curator" / "ledger")
+            remove_temporaries(path)
+            remove_temporaries(path / "curator")
+            self._identify(path, config, data_sha256)
+        except BaseException as error:
+            self.__exit__()
+            if isinstance(error, OSError):
+                raise RunError(f"cannot write into {path}: {error.strerror}") from error
+            raise
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        """The state that was saved under ``curator/name``, or None."""
+        return None if self.path is None else load_checkpoint(self.path / "curator" / name)
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        """Save a state atomically as ``curator/name``."""
+        if self.path is not None:
+            save_checkpoint(self.path / "curator" / name, state)
+
+    def _identify(self, folder: Path, config: Config, data_sha256: str) -> None:
+        file = folder / "curator" / "run.json"
+        if not file.exists():
+            write_json(file, {"recipe": config.recipe, "config": config.to_dict(), "data_sha256": data_sha256})
+            return
+        known = read_run(folder)
         differences = [
             f"{name} was {known['config'][table].get(name)!r} and is now {value!r}"
             for table in MECHANISM_TABLES
             for name, value in json.loads(json.dumps(config.to_dict()[table])).items()
-            if known["config"][table].get(name) != value
+            if name != "data" and known["config"][table].get(name) != value
         ]
         if differences:
             changed = "; ".join(differences)
-            raise RunError(
-                f"{self.path} holds a run of another configuration ({changed}): train into a new folder"
-            )
+            raise RunError(f"{folder} holds a run of another configuration ({changed}): train into a new folder")
         if known["data_sha256"] != data_sha256:
-            raise RunError(
-                f"{self.path} holds a run on other data: resume with those, or train into a new folder"
-            )
+            raise RunError(f"{folder} holds a run on other data: resume with those, or train into a new folder")
 
-    def close(self) -> None:
-        """Release the lock. A folder made for a run that never came to draw noise is removed again; one that
-        was there before is not."""
-        drawn = bool(self.ledger.spent())
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Release the lock. What was created for a run that never drew noise is removed; what was there before
+        is not."""
+        unused = not self.ledger.spent()
         self.ledger.close()
-        if not drawn:
-            self._remove_created()
-
-    def _remove_created(self) -> None:
-        for name in ("ledger", "run.json"):
-            if self._created:
-                (self.curator / name).unlink(missing_ok=True)
-        for folder in self._created:
-            try:
-                folder.rmdir()
-            except OSError:
-                return
+        if unused and self._created and self.path is not None:
+            for name in ("ledger", "run.json"):
+                (self.path / "curator" / name).unlink(missing_ok=True)
+            _remove_empty(self._created)
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -111,9 +112,7 @@ def check_output(path: Path, *, resume: bool) -> None:
     """Refuse an output folder that cannot be used, without writing anything."""
     if path.exists() and not path.is_dir():
         raise RunError(f"cannot write into {path}: it is not a folder")
-    if resume:
-        read_run(path)
-    elif any((path / sign).exists() for sign in _SIGNS_OF_A_RUN):
+    if not resume and any((path / sign).exists() for sign in _SIGNS_OF_A_RUN):
         raise RunError(f"{path} already holds a run: add --resume to go on with it, or choose another folder")
     nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -126,8 +125,12 @@ def _make_folder(folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        for created in missing:
-            if created.is_dir():
-                shutil.rmtree(created)
+        _remove_empty(missing)
         raise RunError(f"cannot write into {folder.parent}: {error.strerror}") from error
     return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -1,0 +1,75 @@
+"""Noise keys of a run: one key a stage, a fresh set whenever noise could otherwise repeat.
+
+Seeded keys may be used again after a stop, but only to repeat the very same draws on the very same data: same
+settings, same data, same software, same machine type. The ledger remembers under which circumstances its current key
+was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import secrets
+from dataclasses import dataclass
+
+import torch
+
+from .config import MECHANISM_TABLES, Config
+from .engine.keystream import Keystream
+from .ops import backends_table
+from .vae.checkpoint import fingerprint
+from .vae.ledger import Ledger
+from .vae.report import versions
+
+
+@dataclass(frozen=True)
+class RunKeys:
+    """The keys of one stretch of a run.
+
+    ``number`` counts the sets of keys that the run has had; ``replays``: this set was in use before. A seeded key
+    depends on ``mechanism`` (a fingerprint of the settings) too, so that two runs of different settings that share a
+    seed do not share their noise.
+    """
+
+    seed: int | None
+    number: int
+    replays: bool
+    mechanism: str = ""
+
+    def keystream(self, stage: str) -> Keystream:
+        """Where the noise and the coins of ``stage`` come from: the operating system, or the seed."""
+        return Keystream.secret() if self.seed is None else Keystream.seeded(self._derive(f"noise {stage}"))
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Public randomness (initial weights, reparametrisation): no guarantee rests on it."""
+        seed = secrets.randbits(63) if self.seed is None else self._derive(purpose) % 2**63
+        return torch.Generator().manual_seed(seed)
+
+    def _derive(self, purpose: str) -> int:
+        text = f"{self.seed}/{self.number}/{self.mechanism}/{purpose}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
+
+
+def take_keys(
+    ledger: Ledger, config: Config, data_sha256: str, device: torch.device, checkpoint_key: int | None
+) -> RunKeys:
+    """The keys to go on with: those of the stretch before where a seeded run repeats itself exactly, else fresh ones.
+
+    ``checkpoint_key`` is the number of the keys that the last checkpoint was made with, None without a checkpoint. If
+    later keys have been in use since, the earlier ones must not be continued: their next steps are counted as the
+    later keys'.
+    """
+    seed = config.privacy.seed
+    if seed is None:
+        return RunKeys(None, ledger.begin_key(), replays=False)
+    mechanism = config.fingerprint(*MECHANISM_TABLES)
+    here = fingerprint(config.fingerprint(), data_sha256, _circumstances(device))
+    known = ledger.key_number >= 0 and ledger.replay == here
+    if known and checkpoint_key in (None, ledger.key_number):
+        return RunKeys(seed, ledger.key_number, replays=True, mechanism=mechanism)
+    return RunKeys(seed, ledger.begin_key(here), replays=False, mechanism=mechanism)
+
+
+def _circumstances(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() + platform.machine()
+    return f"{sorted(versions().items())} {device.type} {name} {torch.get_num_threads()} {backends_table()}"
