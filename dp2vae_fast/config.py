@@ -1,7 +1,9 @@
-"""What a run is made of: five frozen objects, read from a recipe, a TOML file and keywords, in rising order of precedence.
+"""What a run is made of: five frozen objects, read from a recipe, a TOML file and keywords, in rising order
+of precedence.
 
-Everything that the guarantee depends on lives in :class:`PrivacyConfig`; everything that only changes how fast the same
-mechanism runs lives in :class:`PerformanceConfig`. No field of the latter can change what is drawn, clipped or accounted.
+Everything that the guarantee depends on lives in :class:`PrivacyConfig`; everything that only changes how
+fast the same mechanism runs lives in :class:`PerformanceConfig`. No field of the latter can change what is
+drawn, clipped or accounted.
 
 A TOML file has one table per object::
 
@@ -31,7 +33,7 @@ from typing import Any
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 ENCODERS = ("linear", "dp", "public", "private")
 ENGINES = ("fused", "opacus")
@@ -69,10 +71,11 @@ class ModelConfig:
 class PrivacyConfig:
     """The mechanism: every number that the guarantee is a function of.
 
-    Exactly one of ``target_epsilon`` (stage 2's noise is calibrated over all mechanisms together) and ``noise_multiplier``
-    (used as it is; 0 means that nothing is private) is set. ``shares`` splits the budget in squared Gaussian-DP units:
-    mechanism *j* of stage 1 gets ``mu_j**2 = shares[j] * mu**2``; DP-SGD of stage 2 gets the rest.
-    ``seed=None`` keys the noise from the operating system; a seed makes it reproducible, and the report says so.
+    Exactly one of ``target_epsilon`` (stage 2's noise is calibrated over all mechanisms together) and
+    ``noise_multiplier`` (used as it is; 0 means that nothing is private) is set. ``shares`` splits the budget
+    in squared Gaussian-DP units: mechanism *j* of stage 1 gets ``mu_j**2 = shares[j] * mu**2``; DP-SGD of
+    stage 2 gets the rest. ``seed=None`` keys the noise from the operating system; a seed makes it
+    reproducible, and the report says so.
     """
 
     target_epsilon: float | None = 10.0
@@ -90,7 +93,8 @@ class PrivacyConfig:
 
 @dataclass(frozen=True)
 class OptimizationConfig:
-    """How the noisy gradients are used, and stage 1's free parameters: post-processing, without influence on the guarantee."""
+    """How the noisy gradients are used, and stage 1's free parameters: post-processing, without influence on
+    the guarantee."""
 
     optimizer: str = "adam"
     learning_rate: float = 1e-3
@@ -159,11 +163,13 @@ def load_config(
 ) -> Config:
     """Build a validated :class:`Config` from a recipe, a TOML file and flat overrides.
 
-    A keyword in ``overrides`` beats the file, the file beats the recipe, the recipe beats the defaults. A file may name the
-    recipe it starts from with a top-level ``recipe = "..."``. Setting one of ``target_epsilon`` and ``noise_multiplier`` in
-    a layer unsets the other one of the layers below. Keywords whose value is None are ignored.
+    A keyword in ``overrides`` beats the file, the file beats the recipe, the recipe beats the defaults. A
+    file may name the recipe it starts from with a top-level ``recipe = "..."``. Setting one of
+    ``target_epsilon`` and ``noise_multiplier`` in a layer unsets the other one of the layers below. Keywords
+    whose value is None are ignored.
 
-    Raises :class:`ConfigError` with one line: unknown recipe, unreadable file, unknown key, wrong type, impossible value.
+    Raises :class:`ConfigError` with one line: unknown recipe, unreadable file, unknown key, wrong type,
+    impossible value.
     """
     layers: list[dict[str, Any]] = []
     if file is not None:
@@ -183,11 +189,7 @@ def load_config(
         values |= layer
     tables = {
         table: cls(
-            **{
-                f.name: _coerce(cls, f.name, values[f.name])
-                for f in dataclasses.fields(cls)
-                if f.name in values
-            }
+            **{f.name: _coerce(cls, f.name, values[f.name]) for f in dataclasses.fields(cls) if f.name in values}
         )
         for table, cls in _TABLES.items()
     }
@@ -202,9 +204,7 @@ def validate(config: Config) -> None:
     optimization, performance = config.optimization, config.performance
 
     if (privacy.target_epsilon is None) == (privacy.noise_multiplier is None):
-        raise ConfigError(
-            "set exactly one of target_epsilon and noise_multiplier: the other one follows from it"
-        )
+        raise ConfigError("set exactly one of target_epsilon and noise_multiplier: the other one follows from it")
     if privacy.target_epsilon is not None:
         _check(
             privacy,
@@ -228,13 +228,9 @@ def validate(config: Config) -> None:
     _choice(privacy, "accountant", ("prv", "rdp"))
     _choice(privacy, "encoder", ENCODERS)
     if privacy.encoder == "public" and not privacy.public_encoder:
-        raise ConfigError(
-            'encoder = "public" needs public_encoder: a checkpoint or a public data set that you name'
-        )
+        raise ConfigError('encoder = "public" needs public_encoder: a checkpoint or a public data set that you name')
     if privacy.encoder != "public" and privacy.public_encoder:
-        raise ConfigError(
-            f'public_encoder is only read with encoder = "public", but encoder is "{privacy.encoder}"'
-        )
+        raise ConfigError(f'public_encoder is only read with encoder = "public", but encoder is "{privacy.encoder}"')
     for name, share in privacy.shares.items():
         if not 0 < share < 1:
             raise ConfigError(f"shares.{name} = {share}: a share of the budget lies between 0 and 1")
@@ -313,9 +309,7 @@ def _suggestion(word: str, known: typing.Iterable[str]) -> str:
 def _read_recipe(name: str) -> dict[str, Any]:
     known = recipes()
     if name not in known:
-        raise ConfigError(
-            f'unknown recipe "{name}"{_suggestion(name, known)}; the recipes are {", ".join(known)}'
-        )
+        raise ConfigError(f'unknown recipe "{name}"{_suggestion(name, known)}; the recipes are {", ".join(known)}')
     text = (resources.files("dp2vae_fast") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     return _flatten(_parse(text, f"recipe {name}"), origin=f"recipe {name}")[0]
 
@@ -361,7 +355,8 @@ def _known(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 
 def _coerce(cls: type, name: str, value: Any) -> Any:
-    """``value`` as the declared type of ``cls.name``; text is parsed, so that a flag and a TOML value read alike."""
+    """``value`` as the declared type of ``cls.name``; text is parsed, so that a flag and a TOML value read
+    alike."""
     hint = typing.get_type_hints(cls)[name]
     if value is None:
         return None

@@ -106,9 +106,7 @@ def test_calibration_is_tight_and_never_above_the_target(fixed, target, rate, st
 
 
 def test_calibration_of_nothing_needs_no_noise():
-    assert (
-        calibrate_noise_multiplier([], target_epsilon=1.0, target_delta=DELTA, sample_rate=0.1, steps=0) == 0
-    )
+    assert calibrate_noise_multiplier([], target_epsilon=1.0, target_delta=DELTA, sample_rate=0.1, steps=0) == 0
 
 
 def test_impossible_targets_say_why():

@@ -44,9 +44,7 @@ def test_field_names_are_unique_so_that_flags_need_no_prefix():
 
 def test_text_and_numbers_read_alike():
     text = load_config(overrides={"steps": "12", "max_grad_norm": "2", "conditional": "false", "width": "64"})
-    assert text == load_config(
-        overrides={"steps": 12, "max_grad_norm": 2.0, "conditional": False, "width": 64}
-    )
+    assert text == load_config(overrides={"steps": 12, "max_grad_norm": 2.0, "conditional": False, "width": 64})
 
 
 @pytest.mark.parametrize(

@@ -71,10 +71,7 @@ def test_a_failed_draw_never_hands_its_step_to_the_next(uses, monkeypatch):
 def test_threads_never_share_a_step():
     stream = Keystream.seeded(0).stream("noise")
     taken: list[int] = []
-    threads = [
-        threading.Thread(target=lambda: taken.extend(stream.next_step() for _ in range(200)))
-        for _ in range(8)
-    ]
+    threads = [threading.Thread(target=lambda: taken.extend(stream.next_step() for _ in range(200))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -188,9 +185,7 @@ def test_poisson_compares_53_bit_uniforms(n, rate, seed):
     stream = Keystream.seeded(seed).stream("batches")
     words = noise.random_words(stream.key_tensor(), torch.tensor(0), 0, noise.COINS, 0, 2 * n)
     unsigned = [word % 2**32 for word in words.tolist()]
-    uniforms = [
-        (high >> 5) * 2**26 + (low >> 6) for high, low in zip(unsigned[::2], unsigned[1::2], strict=True)
-    ]
+    uniforms = [(high >> 5) * 2**26 + (low >> 6) for high, low in zip(unsigned[::2], unsigned[1::2], strict=True)]
     expected = [i for i, u in enumerate(uniforms) if u < math.floor(rate * 2**53)]
     assert stream.poisson(n, rate).tolist() == expected
 

@@ -26,9 +26,7 @@ def toy_scale_(xs: list[Tensor], scale: float, powers: list[int]) -> None:
         x.mul_(scale**power)
 
 
-@toy_scale_.register(
-    "triton", supports=lambda xs, scale, powers: scale > 0 or f"scale is {scale}, expected > 0"
-)
+@toy_scale_.register("triton", supports=lambda xs, scale, powers: scale > 0 or f"scale is {scale}, expected > 0")
 def _toy_scale_triton(xs: list[Tensor], scale: float, powers: list[int]) -> None:
     torch._foreach_mul_(xs, [scale**power for power in powers])
 
@@ -39,9 +37,7 @@ def _only_the_visible_order(monkeypatch):
 
 
 def test_schema_is_inferred_and_op_is_registered():
-    assert str(torch.ops.dp2vae_fast.toy_scale_.default._schema).startswith(
-        "dp2vae_fast::toy_scale_(Tensor(a0!)[] xs"
-    )
+    assert str(torch.ops.dp2vae_fast.toy_scale_.default._schema).startswith("dp2vae_fast::toy_scale_(Tensor(a0!)[] xs")
     assert "Return scale" in (toy_affine.__doc__ or "")
     torch.testing.assert_close(torch.ops.dp2vae_fast.toy_affine(torch.ones(2), 3.0), torch.full((2,), 3.0))
 

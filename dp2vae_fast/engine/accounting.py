@@ -65,9 +65,7 @@ def epsilon(mechanisms: Sequence[Mechanism], delta: float, accountant: str = "pr
         raise ValueError(f"delta: expected a number between 0 and 1, got {delta}")
     if accountant not in ACCOUNTANTS:
         raise ValueError(f"accountant: expected one of {', '.join(ACCOUNTANTS)}, got {accountant!r}")
-    history = [
-        (m.noise_multiplier, m.sample_rate, int(m.steps)) for m in mechanisms if m.steps and m.sample_rate
-    ]
+    history = [(m.noise_multiplier, m.sample_rate, int(m.steps)) for m in mechanisms if m.steps and m.sample_rate]
     if not history:
         return 0.0
     if any(noise == 0 for noise, _, _ in history):

@@ -255,6 +255,6 @@ class Capture:
         parameter.grad = None
         raise NotImplementedError(
             f"parameter {self._names[parameter]!r} was used outside its own layer's forward (functional weight "
-            "tying, a penalty on weights, a layer in eval mode under gradients): such a use has no per-sample gradient. "
-            "Call the layer itself, use the optimizer's weight_decay, or freeze the parameter"
+            "tying, a penalty on weights, a layer in eval mode under gradients): such a use has no per-sample "
+            "gradient. Call the layer itself, use the optimizer's weight_decay, or freeze the parameter"
         )

@@ -64,6 +64,7 @@ def grad_samples(
             if (samples[name].sum(0) - total).norm() > _AGREEMENT * total.norm() + torch.finfo(total.dtype).tiny:
                 raise NotImplementedError(
                     f"{type(layer).__name__} does not treat records independently (parameter {name!r}: the per-sample "
-                    "gradients do not add up to the batch's): register a rule with register_layer_rule, or freeze its parameters"
+                    "gradients do not add up to the batch's): register a rule with register_layer_rule, or freeze its "
+                    "parameters"
                 )
     return samples

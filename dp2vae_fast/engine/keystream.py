@@ -91,9 +91,7 @@ class Keystream(_Unpicklable):
         """A new mechanism of this key; every call gives another one, equal names included."""
         with self._lock:
             if len(self._names) >= _MAX_MECHANISM:
-                raise OverflowError(
-                    f"all {_MAX_MECHANISM} mechanisms of this Keystream are taken: make a new one"
-                )
+                raise OverflowError(f"all {_MAX_MECHANISM} mechanisms of this Keystream are taken: make a new one")
             self._names.append(name)
             return Stream(self, name, len(self._names) - 1)
 

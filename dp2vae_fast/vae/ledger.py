@@ -54,21 +54,17 @@ class Ledger:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(file)
-            raise RunError(
-                f"another process is training into {path.parent.parent}: wait for it, or stop it"
-            ) from None
+            raise RunError(f"another process is training into {path.parent.parent}: wait for it, or stop it") from None
         if is_new:
             sync_folder(path.parent)
         content = _read_all(file)
         records = [_decode(content[i : i + RECORD]) for i in range(0, len(content) - RECORD + 1, RECORD)]
         if records and records[-1] is None:
             del records[-1]
-        if None in records:
-            os.close(file)
-            raise RunError(
-                f"{path} is damaged at record {records.index(None) + 1}: what was spent is unknown, train anew"
-            )
-        for record in records:
+        for number, record in enumerate(records, 1):
+            if record is None:
+                os.close(file)
+                raise RunError(f"{path} is damaged at record {number}: what was spent is unknown, train anew")
             self._apply(record)
         os.ftruncate(file, len(records) * RECORD)
         os.lseek(file, 0, os.SEEK_END)
@@ -104,9 +100,7 @@ class Ledger:
             mechanism.noise_multiplier,
             mechanism.sample_rate,
         ):
-            raise RunError(
-                f"the ledger holds steps of {mechanism.name} at another noise or rate: choose another name"
-            )
+            raise RunError(f"the ledger holds steps of {mechanism.name} at another noise or rate: choose another name")
         if step > self.steps(mechanism.name):
             block = -(-step // BLOCK) * BLOCK
             self._append(_spend(mechanism, max(step, min(block, last or step))))
@@ -131,9 +125,7 @@ class Ledger:
         if self._file is not None:
             data = _encode(record)
             if os.write(self._file, data) != len(data):
-                raise RunError(
-                    "the ledger could not be written (disk full?): stopped before drawing uncounted noise"
-                )
+                raise RunError("the ledger could not be written (disk full?): stopped before drawing uncounted noise")
             _sync(self._file)
         self._apply(record)
 

@@ -137,7 +137,7 @@ def dp_sgd(
 
 def _privatize(
     module: nn.Module, optimizer: Optimizer, dp: StepMechanism, keystream: Keystream, engine: str
-) -> tuple[nn.Module, Any]:
+) -> tuple[Any, Any]:
     """The two engines differ here and nowhere else. The mean's divisor is the physical batch size, which is a
     constant."""
     if engine == "opacus":

@@ -26,7 +26,7 @@ class OpacusOptimizer(DPOptimizer):
     @torch.no_grad()
     def add_noise(self) -> None:
         """``p.grad = clipped sum + noise_multiplier * max_grad_norm * z``."""
-        sums = [p.summed_grad for p in self.params]
+        sums = [p.summed_grad for p in self.params]  # pyright: ignore[reportAttributeAccessIssue]
         if self.noise_multiplier > 0:
             self.stream.add_noise_(sums, self.noise_multiplier * self.max_grad_norm)
         for p, total in zip(self.params, sums, strict=True):

@@ -18,9 +18,7 @@ from typing import Any
 from ..engine.accounting import Mechanism, epsilon, gaussian_dp_mu
 from .checkpoint import write_json, write_text
 
-NO_NOISE = (
-    "no noise was added: nothing is guaranteed, and the decoder must be treated like the records themselves"
-)
+NO_NOISE = "no noise was added: nothing is guaranteed, and the decoder must be treated like the records themselves"
 NO_CLAIM = (
     "no claim is made against floating-point attacks",
     "checkpoints, loss curves and everything else under curator/ are not covered and must not be released",
@@ -139,9 +137,7 @@ def render(report: dict[str, Any]) -> str:
         report["statement"][:1].upper() + report["statement"][1:] + ".",
         "",
     ]
-    lines += [f"> Warning: {warning}." for warning in report["warnings"]] + (
-        [""] if report["warnings"] else []
-    )
+    lines += [f"> Warning: {warning}." for warning in report["warnings"]] + ([""] if report["warnings"] else [])
     lines += [
         "## What was spent",
         "",
