@@ -74,8 +74,10 @@ class PrivacyConfig:
     Exactly one of ``target_epsilon`` (stage 2's noise is calibrated over all mechanisms together) and
     ``noise_multiplier`` (used as it is; 0 means that nothing is private) is set. ``shares`` splits the budget
     in squared Gaussian-DP units: mechanism *j* of stage 1 gets ``mu_j**2 = shares[j] * mu**2``; DP-SGD of
-    stage 2 gets the rest. ``seed=None`` keys the noise from the operating system; a seed makes it
-    reproducible, and the report says so.
+    stage 2 gets the rest; where it is empty the encoder mode's own split holds. ``pixel_center`` is the public grey
+    level that images are measured from; ``mean_clip`` and ``residual_clip`` bound how far a record's pixels may lie
+    from it and from the released mean of its class, as root mean squares. ``seed=None`` keys the noise from the
+    operating system; a seed makes it reproducible, and the report says so.
     """
 
     target_epsilon: float | None = 10.0
@@ -85,9 +87,13 @@ class PrivacyConfig:
     encoder: str = "linear"
     public_encoder: str | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
+    pixel_center: float = 0.5
+    mean_clip: float = 0.4
+    residual_clip: float = 0.25
     max_grad_norm: float = 1.0
     expected_batch_size: int = 256
     steps: int = 500
+    pretrain_steps: int = 500
     seed: int | None = None
 
 
@@ -101,8 +107,8 @@ class OptimizationConfig:
     momentum: float = 0.0
     weight_decay: float = 0.0
     ema_decay: float = 0.0
-    warm_start_steps: int = 0
-    warm_start_learning_rate: float = 1e-3
+    warm_start_steps: int = 1000
+    pretrain_learning_rate: float = 1e-3
 
 
 @dataclass(frozen=True)
@@ -240,6 +246,10 @@ def validate(config: Config) -> None:
     _check(privacy, "max_grad_norm", privacy.max_grad_norm > 0, "a positive number")
     _check(privacy, "expected_batch_size", privacy.expected_batch_size >= 1, "at least 1")
     _check(privacy, "steps", privacy.steps >= 1, "at least 1")
+    _check(privacy, "pretrain_steps", privacy.pretrain_steps >= 1, "at least 1")
+    _check(privacy, "pixel_center", 0 <= privacy.pixel_center <= 1, "a grey level from 0 to 1")
+    _check(privacy, "mean_clip", privacy.mean_clip > 0, "a positive number")
+    _check(privacy, "residual_clip", privacy.residual_clip > 0, "a positive number")
     if privacy.seed is not None:
         _check(privacy, "seed", 0 <= privacy.seed < 2**63, "a number from 0 to 2**63 - 1")
 
@@ -275,14 +285,11 @@ def validate(config: Config) -> None:
         optimization.warm_start_steps >= 0,
         "zero (off) or a number of steps",
     )
-    _check(
-        optimization,
-        "warm_start_learning_rate",
-        optimization.warm_start_learning_rate > 0,
-        "a positive number",
-    )
+    _check(optimization, "pretrain_learning_rate", optimization.pretrain_learning_rate > 0, "a positive number")
 
     _choice(performance, "engine", ENGINES)
+    if performance.engine == "opacus" and model.iwae_samples > 1:
+        raise ConfigError('iwae_samples above 1 puts several rows to a record: it needs engine = "fused"')
     _check(performance, "threads", performance.threads is None or performance.threads >= 1, "at least 1")
     _check(performance, "physical_batch_size", performance.physical_batch_size >= 1, "at least 1")
     _check(performance, "checkpoint_every", performance.checkpoint_every >= 1, "at least 1")

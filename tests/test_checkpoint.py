@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dp2vae_fast.engine.accounting import Mechanism
-from dp2vae_fast.vae import ledger as ledger_module
-from dp2vae_fast.vae.checkpoint import (
+from dp2vae_fast.runs import ledger as ledger_module
+from dp2vae_fast.runs.checkpoint import (
     RunError,
     load_checkpoint,
     remove_temporaries,
@@ -15,7 +15,7 @@ from dp2vae_fast.vae.checkpoint import (
     write_atomic,
     write_json,
 )
-from dp2vae_fast.vae.ledger import BLOCK, RECORD, Ledger
+from dp2vae_fast.runs.ledger import BLOCK, RECORD, Ledger
 
 STEPS = Mechanism("DP-SGD", 1.3, 0.1, 100)
 

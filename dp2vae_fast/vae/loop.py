@@ -18,7 +18,7 @@ from ..engine.accounting import Mechanism
 from ..engine.keystream import Keystream
 from ..engine.privacy_engine import PrivacyEngine
 from ..engine.sampling import PoissonBatches
-from .ledger import Ledger
+from ..runs.ledger import Ledger
 from .opacus_step import privatize_with_opacus
 
 RecordLosses = Callable[[nn.Module, Tensor], Tensor]
@@ -85,7 +85,6 @@ def dp_sgd(
     engine: str = "fused",
     physical_batch_size: int = 256,
     first_step: int = 0,
-    optimizer_state: dict | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
 ) -> None:
     """Train ``module`` in place by DP-SGD, from step ``first_step`` up to ``dp.steps``.
@@ -97,11 +96,8 @@ def dp_sgd(
         engine: ``"fused"``, or ``"opacus"`` for the same loop through Opacus' own per-sample gradients.
         physical_batch_size: rows in memory at a time; no influence on the result but rounding.
         first_step: how many steps count as spent already.
-        optimizer_state: state of ``optimizer`` at a checkpoint.
         on_step: hears of every finished step; what it raises ends the loop between two steps.
     """
-    if optimizer_state is not None:
-        optimizer.load_state_dict(optimizer_state)
     coins = keystream.stream(f"{dp.name}/coins")
     batches = PoissonBatches(
         coins,

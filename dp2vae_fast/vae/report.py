@@ -8,17 +8,30 @@ them.
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..engine.accounting import Mechanism, epsilon, gaussian_dp_mu
-from .checkpoint import write_json, write_text
+from ..runs.checkpoint import write_json, write_text
+from ..runs.environment import versions
+from .encoder import EncoderMode
+from .stage import Stage
 
 NO_NOISE = "no noise was added: nothing is guaranteed, and the decoder must be treated like the records themselves"
+ARITHMETIC: dict[str, dict[str, Any]] = {
+    "fused": {
+        "precision": "float32; moments in exact integer sums",
+        "norms": "the clip factor divides by the computed norm plus a bound of its rounding error",
+        "not_bounded": "rounding of the float32 addition over records",
+    },
+    "opacus": {
+        "precision": "float32; moments in exact integer sums",
+        "norms": "as Opacus computes them",
+        "not_bounded": "rounding of norms and of the float32 addition over records",
+    },
+}
 NO_CLAIM = (
     "no claim is made against floating-point attacks",
     "checkpoints, loss curves and everything else under curator/ are not covered and must not be released",
@@ -45,7 +58,48 @@ class Facts:
     arithmetic: dict[str, Any]
     noise_keys: int = 1
     warnings: tuple[str, ...] = ()
-    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def report_on(stage: Stage, mode: EncoderMode, warnings: Sequence[str]) -> dict[str, Any]:
+    """The report of a finished run: what its ledger counts, and the public settings it counted under."""
+    privacy, data, train = stage.config.privacy, stage.config.data, stage.train
+    engine = stage.config.performance.engine
+    constants: dict[str, Any] = {
+        "image_shape": list(train.image_shape),
+        "classes": stage.spec.num_classes,
+        "split": f"a permutation by seed {data.split_seed} that depends on the number of records only",
+    }
+    if stage.budget.stage1:
+        constants |= {name: getattr(privacy, name) for name in ("pixel_center", "mean_clip", "residual_clip")}
+    if privacy.public_encoder:
+        constants["public_encoder"] = privacy.public_encoder
+    return build_report(
+        Facts(
+            mechanisms=stage.run.ledger.spent(),
+            step_mechanism=stage.budget.step.name,
+            delta=privacy.target_delta,
+            accountant=privacy.accountant,
+            encoder=privacy.encoder,
+            end_to_end=mode.end_to_end,
+            statement=mode.statement,
+            noise_source="secret" if privacy.seed is None else "seeded",
+            dataset_size=len(train),
+            sampling={
+                "scheme": "Poisson: every record enters every step on its own secret coin",
+                "rate": privacy.expected_batch_size / len(train),
+                "expected_batch_size": privacy.expected_batch_size,
+            },
+            clipping={
+                "mode": "flat, over all trainable parameters together",
+                "max_grad_norm": privacy.max_grad_norm,
+                "records": f"one unit each, {stage.config.model.iwae_samples} row(s) a record",
+            },
+            public_constants=constants,
+            arithmetic=ARITHMETIC[engine],
+            noise_keys=stage.run.ledger.key_number + 1,
+            warnings=tuple(warnings),
+        )
+    )
 
 
 def build_report(facts: Facts) -> dict[str, Any]:
@@ -89,7 +143,7 @@ def build_report(facts: Facts) -> dict[str, Any]:
     if not end_to_end:
         given = [m for m in spent if m.name == facts.step_mechanism]
         report["epsilon_given_encoder"] = _finite(epsilon(given, facts.delta, facts.accountant))
-    return report | facts.extra
+    return report
 
 
 def _rows(mechanisms: Sequence[Mechanism], delta: float, accountant: str) -> list[dict[str, Any]]:
@@ -116,23 +170,12 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computed the result."""
-    found = {"python": platform.python_version()}
-    for name in ("dp2vae_fast", "torch", "opacus", "numpy"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def render(report: dict[str, Any]) -> str:
     """``privacy.md``: the same report for readers."""
     lines = [
         "# Privacy report",
         "",
-        f"**{_headline(report)}**",
+        f"**{headline(report)}**",
         "",
         report["statement"][:1].upper() + report["statement"][1:] + ".",
         "",
@@ -180,7 +223,8 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _headline(report: dict[str, Any]) -> str:
+def headline(report: dict[str, Any]) -> str:
+    """The guarantee, or that there is none, in one sentence."""
     bound, delta = report["epsilon"], report["delta"]
     if bound is not None:
         return f"The released decoder is ({bound:.4g}, {delta:g})-differentially private for every record."

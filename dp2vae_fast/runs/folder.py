@@ -17,9 +17,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .config import MECHANISM_TABLES, Config
-from .vae.checkpoint import RunError, load_checkpoint, remove_temporaries, save_checkpoint, write_json
-from .vae.ledger import Ledger
+from ..config import MECHANISM_TABLES, Config
+from .checkpoint import RunError, load_checkpoint, remove_temporaries, save_checkpoint, write_json
+from .ledger import Ledger
 
 _SIGNS_OF_A_RUN = ("curator/run.json", "decoder.safetensors", "privacy.json")
 
@@ -34,7 +34,7 @@ class RunFolder:
             data.
         data_sha256: digest of the training records, which must be the same too.
 
-    Raises :class:`~dp2vae_fast.vae.checkpoint.RunError`: the folder holds a run, another run, or cannot be written.
+    Raises :class:`~dp2vae_fast.runs.checkpoint.RunError`: the folder holds a run, another run, or cannot be written.
     """
 
     def __init__(self, path: Path | None, *, resume: bool, config: Config, data_sha256: str) -> None:
@@ -55,6 +55,10 @@ class RunFolder:
             if isinstance(error, OSError):
                 raise RunError(f"cannot write into {path}: {error.strerror}") from error
             raise
+
+    def curator_file(self, name: str) -> Path | None:
+        """Where a file of the curator's belongs; None where nothing is written."""
+        return None if self.path is None else self.path / "curator" / name
 
     def load(self, name: str) -> dict[str, Any] | None:
         """The state that was saved under ``curator/name``, or None."""
@@ -103,9 +107,9 @@ def read_run(path: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RunError(f"{path} holds no run to resume: leave --resume out to start one") from None
+        raise RunError(f"{path} holds no run (no curator/run.json): name the folder of one") from None
     except (OSError, ValueError) as error:
-        raise RunError(f"{file} cannot be read ({error}): the run cannot be resumed") from error
+        raise RunError(f"{file} cannot be read ({error}): the run cannot be used") from error
 
 
 def check_output(path: Path, *, resume: bool) -> None:

@@ -8,18 +8,16 @@ was made.
 from __future__ import annotations
 
 import hashlib
-import platform
 import secrets
 from dataclasses import dataclass
 
 import torch
 
-from .config import MECHANISM_TABLES, Config
-from .engine.keystream import Keystream
-from .ops import backends_table
-from .vae.checkpoint import fingerprint
-from .vae.ledger import Ledger
-from .vae.report import versions
+from ..config import MECHANISM_TABLES, Config
+from ..engine.keystream import Keystream
+from .checkpoint import fingerprint
+from .environment import circumstances
+from .ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -63,13 +61,8 @@ def take_keys(
     if seed is None:
         return RunKeys(None, ledger.begin_key(), replays=False)
     mechanism = config.fingerprint(*MECHANISM_TABLES)
-    here = fingerprint(config.fingerprint(), data_sha256, _circumstances(device))
+    here = fingerprint(config.fingerprint(), data_sha256, circumstances(device))
     known = ledger.key_number >= 0 and ledger.replay == here
     if known and checkpoint_key in (None, ledger.key_number):
         return RunKeys(seed, ledger.key_number, replays=True, mechanism=mechanism)
     return RunKeys(seed, ledger.begin_key(here), replays=False, mechanism=mechanism)
-
-
-def _circumstances(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() + platform.machine()
-    return f"{sorted(versions().items())} {device.type} {name} {torch.get_num_threads()} {backends_table()}"

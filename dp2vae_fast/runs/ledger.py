@@ -79,6 +79,10 @@ class Ledger:
         self._append({"key": self.key_number + 1, "replay": replay})
         return self.key_number
 
+    def find(self, name: str) -> Mechanism | None:
+        """The mechanism ``name`` with the steps that count as spent, or None when it was never reserved."""
+        return self._spent.get(name)
+
     def steps(self, name: str) -> int:
         """Steps of the mechanism ``name`` that count as spent (0 when it was never reserved)."""
         return self._spent[name].steps if name in self._spent else 0

@@ -1,0 +1,271 @@
+"""The command line: ``dp2vae train | sample | evaluate | info``.
+
+Every error that a user can cause ends as one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .config import Config, ConfigError, load_config, recipes
+from .ops import backends_table
+from .runs.checkpoint import RunError, write_atomic, write_json
+from .runs.environment import versions
+from .runs.folder import read_run
+from .trainer import Trainer, load_split, sampler
+from .vae.data import DataError, to_pixels
+from .vae.evaluate import EvaluationError
+from .vae.evaluate import evaluate as evaluate_samples
+from .vae.figures import image_grid, write_png
+from .vae.models import ModelError
+from .vae.release import load_decoder
+from .vae.report import headline
+from .vae.stage import Progress as Heard
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+_out, _err = Console(), Console(stderr=True)
+
+Setting = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Option(help=f"One of {', '.join(recipes())}.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file of settings; a flag beats it.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="digits; a folder of images; .npy, .npz, idx, .parquet; a Hugging Face data set on disk."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/latest"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    image_size: Annotated[int | None, typer.Option(help="Crop and resize images to this side.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1 (grey) or 3 (RGB).")] = None,
+    conditional: Annotated[bool | None, typer.Option(help="Condition the decoder on labels.")] = None,
+    preset: Annotated[str | None, typer.Option(help="mlp, conv28, conv64 or resnet64.")] = None,
+    latent_dim: Annotated[int | None, typer.Option()] = None,
+    likelihood: Annotated[str | None, typer.Option(help="bernoulli or gaussian.")] = None,
+    target_epsilon: Annotated[float | None, typer.Option("--target-epsilon", "--epsilon")] = None,
+    target_delta: Annotated[float | None, typer.Option("--target-delta", "--delta")] = None,
+    noise_multiplier: Annotated[float | None, typer.Option(help="Instead of a target; 0: not private.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="linear, dp, public or private.")] = None,
+    public_encoder: Annotated[str | None, typer.Option(help="Its checkpoint, or a public data set.")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option()] = None,
+    expected_batch_size: Annotated[int | None, typer.Option()] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of DP-SGD.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd, adam or adamw.")] = None,
+    learning_rate: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(help="Reproducible noise: private only while it stays secret.")] = None,
+    engine: Annotated[str | None, typer.Option(help="fused, or opacus (the reference path).")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    physical_batch_size: Annotated[int | None, typer.Option(help="Rows in memory at a time.")] = None,
+    settings: Setting = None,
+    features: Annotated[list[str] | None, typer.Option(help="Feature networks of the FID (see evaluate).")] = None,
+    evaluate: Annotated[bool, typer.Option(help="Measure the samples at the end.")] = True,
+) -> None:
+    """Train a private image generator and write the release, and the curator's files beside it, into --out."""
+    flags = {key: value for key, value in locals().items() if key in _FIELDS and value is not None}
+    if recipe is None and config is None:
+        recipe = "digits"
+    complete = load_config(recipe=recipe, file=config, overrides=flags | _parse_settings(settings))
+    with _Bars() as bars:
+        run = Trainer(config=complete, out=out, resume=resume, observer=bars.hear)
+        try:
+            run.fit()
+        except KeyboardInterrupt:
+            _err.print(f"stopped; to go on: the same command with --resume, into {out}", soft_wrap=True)
+            raise typer.Exit(130) from None
+    if evaluate:
+        with _err.status("measuring samples"):
+            run.evaluate(features or ["cnn"])
+    run.save(out)
+    _print_result(out, run.report, run.metrics)
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="Folder of a released decoder.")],
+    out: Annotated[Path, typer.Option(help="A .png for one grid, or a .npz of images and labels.")] = Path("new.png"),
+    number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many images.")] = 64,
+    label: Annotated[int | None, typer.Option(help="Class of all of them; drawn at random unless given.")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+) -> None:
+    """Draw new images from a released decoder."""
+    decoder = load_decoder(run)
+    if out.suffix not in (".png", ".npz"):
+        raise ConfigError(f"--out {out}: expected a name that ends in .png or .npz")
+    generator = torch.Generator()
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    labels = None if label is None else torch.full((number,), label)
+    if labels is None and decoder.spec.num_classes:
+        labels = decoder.draw_labels(number, generator=generator).sort().values
+    images = to_pixels(decoder.sample(number, labels, generator=generator))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".png":
+            write_png(out, image_grid(images, columns=max(1, round(number**0.5))))
+        else:
+            arrays = {"images": images.numpy()} | ({} if labels is None else {"labels": labels.numpy()})
+            write_atomic(out, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror}") from error
+    _out.print(f"{number} images in {out}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    data: Annotated[str | None, typer.Option(help="The run's data, where they have moved.")] = None,
+    samples: Annotated[int, typer.Option(min=2)] = 5000,
+    features: Annotated[
+        list[str] | None, typer.Option(help='"cnn" (fitted on the real data), a TorchScript file, "inception:FILE".')
+    ] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Measure a decoder's samples against the real images, and write metrics.json. Its figures are not private."""
+    decoder = load_decoder(run)
+    known = {k: v for table in read_run(run)["config"].values() for k, v in table.items() if v is not None}
+    train_data, test_data = load_split(load_config(overrides=known | ({} if data is None else {"data": data})))
+    with _err.status("measuring samples"):
+        metrics = evaluate_samples(
+            sampler(decoder, seed), train_data, test_data, samples=samples, features=features or ["cnn"], seed=seed
+        )
+    write_json(run / "metrics.json", metrics)
+    _print_metrics(metrics)
+
+
+@app.command()
+def info() -> None:
+    """Versions, devices, and which backend of every op is available here."""
+    found = versions() | {"cuda": torch.version.cuda or "not in this build of torch"}
+    found["devices"] = ", ".join(["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))])
+    found["threads"] = str(torch.get_num_threads())
+    try:
+        from dp2vae_fast import _C
+
+        found["native module"] = ", ".join(f"{k} {v}" for k, v in _C.build_info().items())
+    except ImportError:
+        found["native module"] = "not built"
+    for name, value in found.items():
+        _out.print(f"[bold]{name}[/]: {value}", highlight=False, soft_wrap=True)
+    _print_backends()
+
+
+def main() -> None:
+    """Entry point of ``dp2vae``."""
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except (ConfigError, DataError, EvaluationError, ModelError, RunError) as error:
+        _err.print(f"dp2vae: error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+
+
+class _Bars:
+    """Progress of a run on standard error: one bar a stage, with speed and the epsilon spent so far."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<22}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed:>6}/{task.total}"),
+            TextColumn("{task.fields[speed]}"),
+            TextColumn("{task.fields[spent]}"),
+            TimeRemainingColumn(),
+            console=_err,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._records: dict[str, int] = {}
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def hear(self, heard: Heard) -> None:
+        """Show one step."""
+        if heard.stage not in self._tasks:
+            self._tasks[heard.stage] = self._progress.add_task(
+                heard.stage, total=heard.steps, completed=heard.step - 1, speed="", spent=""
+            )
+        task = self._tasks[heard.stage]
+        self._records[heard.stage] = self._records.get(heard.stage, 0) + heard.records
+        fields: dict[str, Any] = {}
+        speed = self._progress.tasks[task].speed
+        elapsed = self._progress.tasks[task].elapsed
+        if speed is not None and elapsed:
+            images = self._records[heard.stage] / elapsed
+            fields["speed"] = f"{speed:6.1f} step/s" + (f" {images:7.0f} images/s" if images else "")
+        if heard.epsilon is not None:
+            fields["spent"] = f"ε {heard.epsilon:.2f}"
+        self._progress.update(task, completed=heard.step, **fields)
+
+
+_FIELDS = {name for table in Config().to_dict().values() for name in table}
+
+
+def _parse_settings(settings: list[str] | None) -> dict[str, Any]:
+    parsed = {}
+    for setting in settings or []:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting}: expected NAME=VALUE")
+        parsed[name.strip().replace("-", "_")] = value.strip()
+    return parsed
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _err.print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_backends() -> None:
+    """Op x backend: yes, or the number of the reason why not."""
+    rows = backends_table()
+    backends = list(dict.fromkeys(row.backend for row in rows))
+    reasons = list(dict.fromkeys(row.reason for row in rows if not row.available))
+    table = Table("op", *backends)
+    for op in dict.fromkeys(row.op for row in rows):
+        cells = {row.backend: row for row in rows if row.op == op}
+        table.add_row(
+            op, *("yes" if cells[b].available else f"({reasons.index(cells[b].reason) + 1})" for b in backends)
+        )
+    _out.print(table)
+    for number, reason in enumerate(reasons, 1):
+        _out.print(f"({number}) {reason}", highlight=False, soft_wrap=True)
+
+
+def _print_result(out: Path, report: dict[str, Any], metrics: dict[str, Any] | None) -> None:
+    _out.print(
+        f"[bold]{out}[/]: decoder.safetensors, decoder.json, privacy.json, privacy.md, samples.png", soft_wrap=True
+    )
+    _out.print(headline(report), highlight=False, soft_wrap=True)
+    if metrics is not None:
+        _print_metrics(metrics)
+
+
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    for kind in ("cnn", "logreg"):
+        synthetic, real = metrics[f"{kind}_accuracy_synthetic"], metrics[f"{kind}_accuracy_real"]
+        if synthetic is not None:
+            _out.print(
+                f"{kind} accuracy on held-out images: {synthetic:.3f} trained on samples, {real:.3f} on real ones"
+            )
+    for network, value in metrics["fid"].items():
+        _out.print(f"FID ({network}): {value:.2f}")
+    for warning in metrics["warnings"]:
+        _show_warning(warning)
+    _out.print("These figures are not private: they are for the curator.")

@@ -1,0 +1,1 @@
+"""What a run leaves on disk and survives: its folder, the ledger of what was spent, checkpoints, keys, a stop."""

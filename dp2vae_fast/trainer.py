@@ -1,0 +1,251 @@
+"""Trainer: a private image generator in two stages.
+
+Stage 1 fits an encoder (``encoder=`` says how, and at what price). Stage 2 trains the decoder alone by DP-SGD on the
+frozen encoder's latents. The decoder is released with a report of everything that was spent; nothing else is.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .config import Config, ConfigError, load_config
+from .runs.folder import RunFolder, check_output
+from .runs.interrupt import StopRequest
+from .runs.keys import take_keys
+from .vae.budget import calibrate_step, plan_budget
+from .vae.data import ImageData, check_trainable, load_images, to_pixels, train_test_split
+from .vae.encoder import MODES, Pretrained, pretrain
+from .vae.evaluate import evaluate
+from .vae.latents import LatentCache
+from .vae.loop import make_optimizer
+from .vae.losses import negative_iwae, reconstruction
+from .vae.models import Decoder, ModelSpec, build_decoder
+from .vae.release import save_for_curator, save_release
+from .vae.report import report_on
+from .vae.stage import GeneratorState, Progress, Stage, Stateful
+
+
+class Trainer:
+    """Trains a DP²-VAE and holds the result.
+
+    ::
+
+        run = Trainer(recipe="digits", target_epsilon=10, encoder="linear").fit()
+        run.save("runs/digits")
+        images = run.decoder.sample(64)
+
+    Args:
+        data: images in memory, or a source that :func:`~dp2vae_fast.vae.data.load_images` reads, instead of the
+            recipe's.
+        recipe: name of a recipe of the package; "digits" when neither data nor a configuration is given.
+        config: a complete :class:`~dp2vae_fast.config.Config`, or the path of a TOML file.
+        out: folder of the run: checkpoints, ledger and results. None keeps everything in memory; such a run cannot be
+            resumed.
+        resume: go on with the run in ``out``.
+        observer: called with :class:`~dp2vae_fast.vae.stage.Progress`, often.
+        settings: any field of the configuration by its name; beats the file, which beats the recipe.
+
+    Raises ``ValueError`` (its subclasses :class:`~dp2vae_fast.config.ConfigError`,
+    :class:`~dp2vae_fast.vae.data.DataError`, :class:`~dp2vae_fast.vae.models.ModelError`,
+    :class:`~dp2vae_fast.runs.checkpoint.RunError`) with one clear line for settings, data and folders that cannot be
+    used.
+
+    Attributes after :meth:`fit`: ``decoder``, ``report`` (the content of ``privacy.json``), ``history`` (one row a step
+    of DP-SGD: for the curator only), ``train_data``, ``test_data``; ``metrics`` after :meth:`evaluate`.
+    """
+
+    decoder: Decoder
+    report: dict[str, Any]
+    history: list[dict[str, Any]]
+    train_data: ImageData
+    test_data: ImageData
+
+    def __init__(
+        self,
+        data: ImageData | str | Path | None = None,
+        *,
+        recipe: str | None = None,
+        config: Config | str | Path | None = None,
+        out: str | Path | None = None,
+        resume: bool = False,
+        observer: Callable[[Progress], None] | None = None,
+        **settings: Any,
+    ) -> None:
+        if isinstance(data, str | Path):
+            settings["data"] = str(data)
+        if isinstance(config, Config):
+            if recipe is not None or settings:
+                raise ConfigError("a complete Config leaves no room for a recipe or settings: use dataclasses.replace")
+            self.config = config
+        else:
+            if recipe is None and config is None:
+                if data is not None:
+                    raise ConfigError("name a recipe or a configuration file for these data: settings depend on them")
+                recipe = "digits"
+            self.config = load_config(recipe=recipe, file=config, overrides=settings)
+        self.out = None if out is None else Path(out)
+        self.resume = resume
+        self.observer = observer or (lambda progress: None)
+        self._images = data if isinstance(data, ImageData) else None
+        self.metrics: dict[str, Any] | None = None
+
+    # The two stages --------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Trainer:
+        """Run both stages, or what is left of them, and make the report.
+
+        Ctrl-C ends the run after the current step, with a checkpoint, and raises ``KeyboardInterrupt``.
+        """
+        config = self.config
+        if config.performance.threads is not None:
+            torch.set_num_threads(config.performance.threads)
+        if self.out is not None:
+            check_output(self.out, resume=self.resume)
+        device = find_device(config.performance.device)
+        train, self.test_data = load_split(config, self._images)
+        self.train_data = train
+        spec = model_spec(config, train)
+        build_decoder(spec)  # what cannot be built, or afforded, is found out before anything is written
+        budget = plan_budget(config, len(train))
+        doubts = _doubts(config, len(train))
+        for doubt in doubts:
+            warnings.warn(doubt, stacklevel=2)
+        with (
+            RunFolder(self.out, resume=self.resume, config=config, data_sha256=train.sha256) as run,
+            StopRequest() as stop,
+        ):
+            last = run.load("DP-SGD.pt") or run.load("stage1.pt")
+            keys = take_keys(run.ledger, config, train.sha256, device, None if last is None else last["key"])
+            stage = Stage(config, spec, train, budget, run, keys, device, stop, self.observer)
+            self.decoder = train_decoder(stage, pretrain(stage)).cpu()
+            self.history = stage.history
+            self.report = report_on(stage, MODES[config.privacy.encoder], doubts)
+        return self
+
+    def evaluate(self, features: Sequence[str] = ("cnn",), samples: int = 5000, seed: int = 0) -> dict[str, Any]:
+        """The content of ``metrics.json``, from ``samples`` synthetic images and the held-out real ones.
+
+        See :func:`~dp2vae_fast.vae.evaluate.evaluate`. None of it is covered by the guarantee.
+        """
+        draw = sampler(self.decoder, seed)
+        metrics = evaluate(draw, self.train_data, self.test_data, samples=samples, features=features, seed=seed)
+        self.metrics = metrics
+        return metrics
+
+    def save(self, folder: str | Path) -> None:
+        """Write what may be released into ``folder``, and beside it, in ``curator/``, what may not."""
+        folder = Path(folder)
+        check_output(folder, resume=self.out is not None and folder.absolute() == self.out.absolute())
+        save_release(folder, self.decoder, self.report, self.metrics)
+        save_for_curator(folder / "curator", self.train_data, self.history)
+
+
+def train_decoder(stage: Stage, pretrained: Pretrained) -> Decoder:
+    """Stage 2: DP-SGD on the decoder alone, from the frozen encoder's latents."""
+    settings, model, decoder = stage.config.optimization, stage.config.model, pretrained.decoder
+    path = stage.run.curator_file("latents.f32")
+    if path is None:
+        latents = LatentCache.build(pretrained.encoder, stage.train, stage.device)
+    else:
+        latents = LatentCache.open(path, pretrained.encoder, stage.train, stage.device)
+    mechanism = stage.run.ledger.find(stage.budget.step.name)
+    if mechanism is None:  # a stage 1 that had to be repeated has spent more than was planned
+        planned = tuple(stage.budget.stage1.values())
+        spent = stage.run.ledger.spent()
+        mechanism = stage.budget.step if spent == planned else calibrate_step(stage.config, len(stage.train), spent)
+    mechanism = replace(mechanism, steps=stage.config.privacy.steps)
+    optimizer = make_optimizer(
+        settings.optimizer, decoder, settings.learning_rate, settings.momentum, settings.weight_decay
+    )
+    noise = stage.keys.generator("latents")
+    parts: dict[str, Stateful] = {"latents": GeneratorState(noise)}
+    average = None
+    if settings.ema_decay > 0:
+        average = AveragedModel(decoder, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
+        parts["average"] = average
+    samples = model.iwae_samples
+
+    def losses(module: nn.Module, indices: Tensor) -> Tensor:
+        images, labels = stage.train.batch(indices)
+        mean, log_variance = (x.repeat_interleave(samples, 0) for x in latents.posterior(indices))
+        z = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=noise).to(mean.device)
+        labels = None if labels is None or not stage.spec.num_classes else labels.repeat_interleave(samples, 0)
+        images = images.repeat_interleave(samples, 0)
+        missed = reconstruction(module(z, labels), images, stage.spec.likelihood)
+        if samples == 1:
+            return missed
+        shape = (len(indices), samples)
+        posterior = (mean.unflatten(0, shape)[:, 0], log_variance.unflatten(0, shape)[:, 0])
+        return negative_iwae(missed.reshape(shape), z.unflatten(0, shape), *posterior, beta=model.beta)
+
+    stage.run_dp_sgd(
+        mechanism,
+        decoder,
+        optimizer,
+        losses,
+        rows_per_record=samples,
+        parts=parts,
+        on_step=lambda: None if average is None else average.update_parameters(decoder),
+    )
+    return decoder if average is None else cast(Decoder, average.module)
+
+
+def sampler(decoder: Decoder, seed: int) -> Callable[[int], tuple[Tensor, Tensor | None]]:
+    """``n -> (uint8 images, labels)``: samples of the decoder, the same ones for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int) -> tuple[Tensor, Tensor | None]:
+        labels = decoder.draw_labels(n, generator=generator) if decoder.spec.num_classes else None
+        return to_pixels(decoder.sample(n, labels, generator=generator)), labels
+
+    return draw
+
+
+def load_split(config: Config, images: ImageData | None = None) -> tuple[ImageData, ImageData]:
+    """Training and held-out records of a configuration; raises ``DataError`` for what cannot be trained on."""
+    data = config.data
+    whole = images or load_images(data.data, image_size=data.image_size, channels=data.channels)
+    train, test = train_test_split(whole, data.test_fraction, data.split_seed)
+    check_trainable(train, batch_size=config.privacy.expected_batch_size, conditional=data.conditional)
+    return train, test
+
+
+def model_spec(config: Config, train: ImageData) -> ModelSpec:
+    """What the decoder for these records is built from."""
+    model = config.model
+    classes = train.num_classes if config.data.conditional else 0
+    return ModelSpec(model.preset, train.image_shape, model.latent_dim, classes, model.width, model.likelihood)
+
+
+def find_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one; raises ``ConfigError`` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f'device = "{name}" cannot be used ({str(error).splitlines()[0]}): try auto or cpu') from None
+
+
+def _doubts(config: Config, dataset_size: int) -> list[str]:
+    """What the user should hear, and readers of the report too."""
+    privacy, doubts = config.privacy, []
+    if privacy.target_delta >= 1 / dataset_size:
+        doubts.append(
+            f"delta = {privacy.target_delta:g} is not below one over the number of records ({dataset_size}): such a "
+            "guarantee allows a record to be published outright"
+        )
+    if privacy.encoder == "private":
+        doubts.append("encoder = private gives no end-to-end guarantee: choose linear, dp or public for one")
+    if privacy.noise_multiplier == 0:
+        doubts.append("noise_multiplier = 0: nothing about this run is private")
+    return doubts

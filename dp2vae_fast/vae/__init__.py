@@ -1,0 +1,1 @@
+"""DP²-VAE itself: models, losses, the two stages, evaluation and the report."""

@@ -1,0 +1,92 @@
+"""The latent cache: what a frozen encoder says of every training record, computed once for all of stage 2."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..runs.checkpoint import write_atomic, write_json
+from .data import ImageData, to_unit
+
+_ROWS = 1024
+
+
+class LatentCache:
+    """Posterior means and log-variances of the training records: ``values`` float32 ``[N, 2, latent_dim]``.
+
+    In memory, or memory-mapped from a file of the curator's. It is as confidential as the records.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @classmethod
+    def build(cls, encoder: nn.Module, data: ImageData, device: torch.device) -> LatentCache:
+        """Run the encoder over all records and keep the result in memory."""
+        return cls(torch.from_numpy(np.concatenate(list(_encoded(encoder, data, device)))))
+
+    @classmethod
+    def open(cls, path: Path, encoder: nn.Module, data: ImageData, device: torch.device) -> LatentCache:
+        """The cache at ``path``, memory-mapped; built first unless the one there is of this encoder and these records.
+
+        A file is trusted only if it has the digest that its description (``path`` with ``.json`` appended) states: a
+        damaged or unfinished one is built anew.
+        """
+        identity = {"data_sha256": data.sha256, "encoder_sha256": _digest_of_module(encoder)}
+        description = path.with_name(path.name + ".json")
+        if not _is_intact(path, description, identity):
+            description.unlink(missing_ok=True)
+            write_atomic(path, lambda file: _write(file, encoder, data, device))
+            write_json(description, identity | {"sha256": _digest_of_file(path)})
+        values = np.memmap(path, dtype=np.float32, mode="c")  # copy-on-write: the file stays as it is
+        return cls(torch.from_numpy(values).reshape(len(data), 2, -1))
+
+    def posterior(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the records at ``indices [B]``, each ``[B, latent_dim]``, on the indices' device."""
+        mean, log_variance = self.values[indices.cpu()].to(indices.device).unbind(1)
+        return mean, log_variance
+
+
+@torch.no_grad()
+def _encoded(encoder: nn.Module, data: ImageData, device: torch.device) -> Iterator[np.ndarray]:
+    """Posteriors of consecutive records, float32 ``[n, 2, latent_dim]``."""
+    encoder.eval()
+    for start in range(0, len(data), _ROWS):
+        images = to_unit(data.images[start : start + _ROWS].to(device))
+        labels = None if data.labels is None else data.labels[start : start + _ROWS].to(device)
+        yield torch.stack(encoder(images, labels), 1).float().cpu().numpy()
+
+
+def _write(file: BinaryIO, encoder: nn.Module, data: ImageData, device: torch.device) -> None:
+    for rows in _encoded(encoder, data, device):
+        file.write(rows.tobytes())
+
+
+def _is_intact(path: Path, description: Path, identity: dict[str, str]) -> bool:
+    try:
+        return json.loads(description.read_text()) == identity | {"sha256": _digest_of_file(path)}
+    except (OSError, ValueError):
+        return False
+
+
+def _digest_of_module(module: nn.Module) -> str:
+    sha = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        sha.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        sha.update(value.detach().cpu().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _digest_of_file(path: Path) -> str:
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()

@@ -1,0 +1,81 @@
+"""What leaves a run: the decoder with its report, and what stays behind with the curator."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from ..runs.checkpoint import RunError, write_atomic, write_json, write_text
+from .data import ImageData, to_pixels
+from .figures import image_grid, plot_curves, write_png
+from .models import Decoder, ModelError, ModelSpec, build_decoder
+from .report import write_report
+
+_PER_CLASS = 10
+_UNLABELLED = 64
+
+
+def save_decoder(decoder: Decoder, folder: Path) -> None:
+    """Write ``decoder.json`` (what it is built from) and ``decoder.safetensors`` (its weights), each atomically."""
+    write_json(folder / "decoder.json", asdict(decoder.spec))
+    state = {name: value.detach().cpu().contiguous() for name, value in decoder.state_dict().items()}
+    write_atomic(folder / "decoder.safetensors", lambda file: file.write(save(state)))
+
+
+def load_decoder(folder: str | Path) -> Decoder:
+    """A released decoder, ready to :meth:`~dp2vae_fast.vae.models.Decoder.sample`. Runs no code from the files.
+
+    Raises :class:`~dp2vae_fast.runs.checkpoint.RunError`: no decoder there, or one that cannot be read.
+    """
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / "decoder.json").read_text(encoding="utf-8"))
+        decoder = build_decoder(ModelSpec(**settings | {"image_shape": tuple(settings["image_shape"])}))
+        decoder.load_state_dict(load_file(folder / "decoder.safetensors"))
+    except FileNotFoundError as error:
+        raise RunError(f"{folder} holds no decoder: name the folder of a finished run") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ModelError) as error:
+        raise RunError(f"the decoder in {folder} cannot be read: release it again from its run") from error
+    return decoder.eval()
+
+
+def save_release(folder: Path, decoder: Decoder, report: dict[str, Any], metrics: dict[str, Any] | None) -> None:
+    """Write all that may be released. The decoder comes last, so that none is ever without its report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_report(report, folder)
+    if metrics is not None:
+        write_json(folder / "metrics.json", metrics)
+    write_png(folder / "samples.png", sample_grid(decoder))
+    save_decoder(decoder, folder)
+
+
+def sample_grid(decoder: Decoder, seed: int = 0):
+    """A picture of samples, uint8 ``[H, W, C]``: a row a class, or a square where there are no classes."""
+    classes = decoder.spec.num_classes
+    generator = torch.Generator().manual_seed(seed)
+    if not classes:
+        return image_grid(to_pixels(decoder.sample(_UNLABELLED, generator=generator)), columns=8)
+    labels = torch.arange(min(classes, 20)).repeat_interleave(_PER_CLASS)
+    images = to_pixels(decoder.sample(len(labels), labels, generator=generator))
+    return image_grid(images, columns=_PER_CLASS)
+
+
+def save_for_curator(folder: Path, train: ImageData, history: list[dict[str, Any]]) -> None:
+    """Write what no guarantee covers: pictures of records, and losses that are not noised."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_png(folder / "real.png", image_grid(train.images[:_UNLABELLED], columns=8))
+    if history:
+        table = io.StringIO()
+        writer = csv.DictWriter(table, fieldnames=list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
+        write_text(folder / "history.csv", table.getvalue())
+        plot_curves(history, folder / "curves.png")
