@@ -24,7 +24,7 @@ from .runs.environment import versions
 from .runs.folder import read_run
 from .trainer import Trainer, load_split, sampler
 from .vae.data import DataError, to_pixels
-from .vae.evaluate import EvaluationError
+from .vae.evaluate import EvaluationError, require_feature_network
 from .vae.evaluate import evaluate as evaluate_samples
 from .vae.figures import image_grid, write_png
 from .vae.models import ModelError
@@ -35,7 +35,9 @@ from .vae.stage import Progress as Heard
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 _out, _err = Console(), Console(stderr=True)
 
-Setting = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting.")]
+Setting = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting; a flag of its own beats it.")
+]
 
 
 @app.command()
@@ -76,7 +78,10 @@ def train(
     flags = {key: value for key, value in locals().items() if key in _FIELDS and value is not None}
     if recipe is None and config is None:
         recipe = "digits"
-    complete = load_config(recipe=recipe, file=config, overrides=flags | _parse_settings(settings))
+    features = features or ["cnn"]
+    for wanted in features:
+        require_feature_network(wanted)
+    complete = load_config(recipe=recipe, file=config, overrides=_parse_settings(settings) | flags)
     with _Bars() as bars:
         run = Trainer(config=complete, out=out, resume=resume, observer=bars.hear)
         try:
@@ -86,7 +91,7 @@ def train(
             raise typer.Exit(130) from None
     if evaluate:
         with _err.status("measuring samples"):
-            run.evaluate(features or ["cnn"])
+            run.evaluate(features)
     run.save(out)
     _print_result(out, run.report, run.metrics)
 
@@ -190,14 +195,16 @@ class _Bars:
         self._records: dict[str, int] = {}
 
     def __enter__(self) -> _Bars:
-        self._progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        if self._tasks:
+            self._progress.stop()
 
     def hear(self, heard: Heard) -> None:
-        """Show one step."""
+        """Show one step. The first one opens the display."""
+        if not self._tasks:
+            self._progress.start()
         if heard.stage not in self._tasks:
             self._tasks[heard.stage] = self._progress.add_task(
                 heard.stage, total=heard.steps, completed=heard.step - 1, speed="", spent=""

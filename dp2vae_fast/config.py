@@ -37,6 +37,7 @@ else:
 
 ENCODERS = ("linear", "dp", "public", "private")
 ENGINES = ("fused", "opacus")
+_LEAST_NOISE = 0.01
 
 
 class ConfigError(ValueError):
@@ -222,8 +223,8 @@ def validate(config: Config) -> None:
         _check(
             privacy,
             "noise_multiplier",
-            privacy.noise_multiplier >= 0,
-            "zero (nothing is private) or a positive number",
+            privacy.noise_multiplier == 0 or privacy.noise_multiplier >= _LEAST_NOISE,
+            f"zero (nothing is private) or at least {_LEAST_NOISE} (less bounds nothing)",
         )
     _check(
         privacy,

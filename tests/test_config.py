@@ -56,6 +56,7 @@ def test_text_and_numbers_read_alike():
         ({"target_delta": 0.0}, "target_delta = 0"),
         ({"target_delta": 1.0}, "target_delta = 1"),
         ({"noise_multiplier": -0.1}, "noise_multiplier = -0.1"),
+        ({"noise_multiplier": 1e-3}, "noise_multiplier = 0.001"),
         ({"max_grad_norm": 0}, "max_grad_norm = 0"),
         ({"max_grad_norm": float("inf")}, "max_grad_norm = inf"),
         ({"steps": 1.5}, "steps = 1.5"),

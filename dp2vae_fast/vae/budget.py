@@ -1,8 +1,8 @@
 """How one budget is split over the mechanisms of both stages.
 
-The currency is ``mu**2`` of Gaussian differential privacy: the whole budget (epsilon, delta) is worth ``mu**2``, a
-mechanism with share s of it gets ``mu_s = sqrt(s) mu``, and DP-SGD of stage 2 gets what is left, its noise calibrated
-with Opacus' accountant over everything together.
+The currency is ``mu**2`` of Gaussian differential privacy, which adds up under composition: the whole budget is worth
+that of the one Gaussian mechanism (noise multiplier 1/mu) to which the accountant gives it, a mechanism with share s
+gets ``mu_s = sqrt(s) mu``, and DP-SGD of stage 2 gets what is left, its noise calibrated over everything together.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config import Config, ConfigError, PrivacyConfig
-from ..engine.accounting import Mechanism, calibrate_noise_multiplier, epsilon, gaussian_dp_mu
+from ..engine.accounting import Mechanism, calibrate_noise_multiplier, epsilon
 
 DP_SGD = "DP-SGD"
 """Name of stage 2's mechanism in the ledger and in the report."""
@@ -22,9 +22,9 @@ COVARIANCE = "covariance"
 ENCODER_DP_SGD = "DP-SGD of the encoder"
 
 SHARES: dict[str, dict[str, float]] = {
-    "linear": {"means": 0.45, "covariance": 0.35},
-    "dp": {"means": 0.45, "encoder": 0.3},
-    "public": {"means": 0.45},
+    "linear": {"means": 0.35, "covariance": 0.35},
+    "dp": {"means": 0.35, "encoder": 0.35},
+    "public": {"means": 0.35},
     "private": {},
 }
 """Default share of the budget of each mechanism of stage 1, by encoder mode. Tuned on scikit-learn's digits."""
@@ -58,15 +58,31 @@ def plan_budget(config: Config, dataset_size: int) -> Budget:
     if privacy.noise_multiplier is not None:
         step = Mechanism(DP_SGD, privacy.noise_multiplier, rate, privacy.steps)
         alone = epsilon([step], privacy.target_delta, privacy.accountant)
-        if not math.isfinite(alone):
-            raise ConfigError(
-                f"noise_multiplier = {privacy.noise_multiplier:g} is too small for the {privacy.accountant} accountant "
-                "to bound epsilon: raise it, or set it to 0 (nothing is private)"
-            )
-        mu = gaussian_dp_mu(alone, privacy.target_delta) / math.sqrt(1 - sum(shares.values()))
+        mu = _mu(alone, privacy) / math.sqrt(1 - sum(shares.values()))
         return Budget(_stage1(shares, mu, privacy, rate), step)
-    stage1 = _stage1(shares, gaussian_dp_mu(privacy.target_epsilon or 0.0, privacy.target_delta), privacy, rate)
+    stage1 = _stage1(shares, _mu(privacy.target_epsilon or 0.0, privacy), privacy, rate)
     return Budget(stage1, calibrate_step(config, dataset_size, list(stage1.values())))
+
+
+def _mu(target_epsilon: float, privacy: PrivacyConfig) -> float:
+    """mu of the one Gaussian mechanism to which the accountant gives all of ``target_epsilon``."""
+    return 1 / _least_noise([], target_epsilon, 1.0, 1, privacy)
+
+
+def _least_noise(
+    spent: Sequence[Mechanism], target_epsilon: float, rate: float, steps: int, privacy: PrivacyConfig
+) -> float:
+    try:
+        return calibrate_noise_multiplier(
+            spent,
+            target_epsilon=target_epsilon,
+            target_delta=privacy.target_delta,
+            sample_rate=rate,
+            steps=steps,
+            accountant=privacy.accountant,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def calibrate_step(config: Config, dataset_size: int, spent: Sequence[Mechanism]) -> Mechanism:
@@ -75,17 +91,7 @@ def calibrate_step(config: Config, dataset_size: int, spent: Sequence[Mechanism]
     rate = privacy.expected_batch_size / dataset_size
     if privacy.noise_multiplier is not None:
         return Mechanism(DP_SGD, privacy.noise_multiplier, rate, privacy.steps)
-    try:
-        noise = calibrate_noise_multiplier(
-            spent,
-            target_epsilon=privacy.target_epsilon or 0.0,
-            target_delta=privacy.target_delta,
-            sample_rate=rate,
-            steps=privacy.steps,
-            accountant=privacy.accountant,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    noise = _least_noise(spent, privacy.target_epsilon or 0.0, rate, privacy.steps, privacy)
     return Mechanism(DP_SGD, noise, rate, privacy.steps)
 
 
@@ -107,14 +113,8 @@ def _stage1(shares: Mapping[str, float], mu: float, privacy: PrivacyConfig, rate
     for name, share in shares.items():
         noise = 1 / (math.sqrt(share) * mu)
         if name == "encoder":  # spread over the steps: as much epsilon as one Gaussian mechanism of that share
-            noise = calibrate_noise_multiplier(
-                [],
-                target_epsilon=epsilon([Mechanism(name, noise)], privacy.target_delta, privacy.accountant),
-                target_delta=privacy.target_delta,
-                sample_rate=rate,
-                steps=privacy.pretrain_steps,
-                accountant=privacy.accountant,
-            )
+            alone = epsilon([Mechanism(name, noise)], privacy.target_delta, privacy.accountant)
+            noise = _least_noise([], alone, rate, privacy.pretrain_steps, privacy)
         mechanisms[name] = _mechanism(name, noise, privacy, rate)
     return mechanisms
 

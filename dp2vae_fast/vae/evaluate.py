@@ -38,6 +38,7 @@ NOT_PRIVATE = (
 )
 KINDS = 'use "cnn", a TorchScript file, or "inception:FILE" with weights of torch-fidelity\'s InceptionV3'
 
+_DIFFERENT = "test images {} but training images {}: read both with the same image_size and channels"
 _FEATURES = 64
 _STEPS, _BATCH = 600, 64
 _LEARNING_RATE, _WEIGHT_DECAY = 3e-3, 1e-2
@@ -191,6 +192,21 @@ def load_feature_network(wanted: str, train: ImageData, *, seed: int = 0) -> Fea
     return FeatureNetwork(name, module, _feature_dimension(module, name, train.image_shape))
 
 
+def require_feature_network(wanted: str) -> tuple[str, Path] | None:
+    """("inception" or "torchscript", its file), or None for "cnn".
+
+    Raises :class:`EvaluationError` where there is no such network or file: before hours of training, if asked early.
+    """
+    if wanted == "cnn":
+        return None
+    kind, _, file = wanted.partition(":")
+    path = Path(file if kind == "inception" else wanted).expanduser()
+    if not path.is_file():
+        what = "no file with Inception weights" if kind == "inception" else "no feature network or file"
+        raise EvaluationError(f'{what} called "{path}": {KINDS}')
+    return ("inception" if kind == "inception" else "torchscript"), path
+
+
 def _fit_feature_cnn(train: ImageData, seed: int) -> FeatureNetwork:
     name = "cnn fitted on the real training data"
     images, labels, classes = train.images, train.labels, train.num_classes
@@ -306,6 +322,8 @@ def evaluate(
     """
     if samples < 2 or len(train) < 2:
         raise EvaluationError(f"samples = {samples}, {len(train)} training records: expected at least 2 of each")
+    if test.image_shape != train.image_shape:
+        raise EvaluationError(f"{test.name}: {_DIFFERENT.format(list(test.image_shape), list(train.image_shape))}")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     real = train.subset(order[:samples].sort().values)
     networks = [load_feature_network(wanted, real, seed=seed) for wanted in features]
@@ -355,6 +373,7 @@ def _draw(sample: Sampler, samples: int, train: ImageData) -> tuple[Tensor, Tens
     if images.shape != (samples, *train.image_shape):
         expected = [samples, *train.image_shape]
         raise EvaluationError(f"samples of shape {list(images.shape)}: expected {expected}, as {train.name} has")
+    _check_images(images, "synthetic")
     return images.cpu(), None if labels is None else labels.cpu()
 
 
@@ -376,8 +395,5 @@ def _check_labelled(images: Tensor, labels: Tensor, test: ImageData, num_classes
     if test.labels is None or len(test) == 0:
         raise EvaluationError(f"{test.name}: accuracy is tested on labelled images: hold some out")
     if test.image_shape != images.shape[1:]:
-        raise EvaluationError(
-            f"{test.name}: test images {list(test.image_shape)} but training images {list(images.shape[1:])}: "
-            "read both with the same image_size and channels"
-        )
+        raise EvaluationError(f"{test.name}: {_DIFFERENT.format(list(test.image_shape), list(images.shape[1:]))}")
     return test.labels

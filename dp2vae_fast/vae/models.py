@@ -82,6 +82,8 @@ class Decoder(nn.Module):
 
     def draw_labels(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """``n`` labels from ``label_weights``, int64 ``[n]`` on the CPU."""
+        if n == 0:
+            return torch.empty(0, dtype=torch.int64)
         return torch.multinomial(self.label_weights.cpu(), n, replacement=True, generator=generator)
 
     def _check_labels(self, labels: Tensor, n: int) -> None:

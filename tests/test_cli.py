@@ -1,0 +1,231 @@
+"""The command line as a user meets it: every mistake is one line and exit code 2, and leaves nothing behind."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import small
+from PIL import Image
+
+TIMEOUT = 300
+
+
+def dp2vae(*arguments, cwd=None):
+    command = [sys.executable, "-c", "from dp2vae_fast.cli import main; main()", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run on the digits."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    done = dp2vae("train", "--out", out, "--epsilon", 5, *small.FLAGS)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+# Mistakes --------------------------------------------------------------------------------------------------------
+
+
+def grey(folder, name, size=(16, 16), level=100):
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full(size[::-1], level, np.uint8)).save(folder / name)
+
+
+def a_folder(tmp, *, damage=None, classes=("cat", "dog"), each=15):
+    folder = tmp / "images"
+    for k, name in enumerate(classes):
+        for i in range(each):
+            grey(folder / name, f"{i:02}.png", level=40 * k + i)
+    if damage is not None:
+        damage(folder)
+    return folder
+
+
+def an_array(tmp, images, labels=None):
+    np.savez(tmp / "a.npz", images=images, **({} if labels is None else {"labels": labels}))
+    return tmp / "a.npz"
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+FLOATS = np.random.default_rng(0).random((40, 8, 8)).astype(np.float32)
+NAN = np.where(np.arange(40)[:, None, None] == 7, np.nan, FLOATS)
+LABELS = np.arange(40) % 2
+
+MISTAKES = {
+    "missing folder": (lambda t: ["--data", t / "nowhere"], "does not exist"),
+    "empty folder": (lambda t: ["--data", (t / "empty").mkdir() or t / "empty"], "is empty"),
+    "text among images": (
+        lambda t: ["--data", a_folder(t, damage=lambda f: (f / "cat" / "notes.png").write_text("hello"))],
+        "is not an image",
+    ),
+    "truncated png": (lambda t: ["--data", a_folder(t, damage=lambda f: truncate(f / "dog" / "03.png"))], "03.png"),
+    "mixed sizes": (
+        lambda t: ["--data", a_folder(t, damage=lambda f: grey(f / "cat", "big.png", (20, 16)))],
+        "--image-size",
+    ),
+    "NaN pixels": (lambda t: ["--data", an_array(t, NAN, LABELS)], "image 7 has NaN"),
+    "labels out of range": (lambda t: ["--data", an_array(t, FLOATS, LABELS - 1)], "label -1 is out of range"),
+    "one class only": (lambda t: ["--data", an_array(t, FLOATS, 0 * LABELS)], "one class only"),
+    "no labels": (lambda t: ["--data", an_array(t, FLOATS)], "has no labels"),
+    "fewer images than a batch": (
+        lambda t: ["--data", an_array(t, FLOATS, LABELS), "--expected-batch-size", 64],
+        "fewer than the expected batch size",
+    ),
+    "epsilon zero": (lambda t: ["--epsilon", 0], "target_epsilon = 0"),
+    "impossible epsilon": (lambda t: ["--epsilon", 1e-6, "--steps", 1000000], "cannot be reached"),
+    "unknown recipe": (lambda t: ["--recipe", "digit"], "did you mean digits"),
+    "unknown setting": (lambda t: ["--set", "epsilon=3"], "unknown setting epsilon"),
+    "no value": (lambda t: ["--set", "steps"], "expected NAME=VALUE"),
+    "missing configuration": (lambda t: ["--config", t / "no.toml"], "cannot read"),
+    "sides that the preset cannot have": (
+        lambda t: ["--data", an_array(t, FLOATS[:, :6, :6], LABELS), "--preset", "conv28"],
+        "multiples of 4",
+    ),
+    "unknown preset": (lambda t: ["--preset", "unet"], 'preset "unet"'),
+    "unknown device": (lambda t: ["--device", "abacus"], 'device = "abacus"'),
+    "missing feature network": (lambda t: ["--features", t / "none.pt"], "no feature network or file"),
+    "output below a file": (lambda t: ["--out", (t / "file").write_text("x") and t / "file" / "run"], "cannot write"),
+    "public encoder missing": (lambda t: ["--encoder", "public"], "needs public_encoder"),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(kind, tmp_path, capsys, monkeypatch):
+    make, message = MISTAKES[kind]
+    arguments = make(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    out = [] if "--out" in arguments else ["--out", tmp_path / "run"]
+    code, _, err = in_process(capsys, monkeypatch, "train", *out, *small.FLAGS, *arguments)
+    assert code == 2, err
+    assert message in err and err.startswith("dp2vae: error: ") and err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def in_process(capsys, monkeypatch, *arguments):
+    """Exit code, standard output and error of ``dp2vae`` without the cost of a new interpreter."""
+    from dp2vae_fast import cli
+
+    monkeypatch.setattr(sys, "argv", ["dp2vae", *map(str, arguments)])
+    monkeypatch.setattr(cli, "_err", cli.Console(stderr=True, width=200))
+    monkeypatch.setattr(cli, "_out", cli.Console(width=200))
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_stays_as_it_is(finished, capsys, monkeypatch):
+    out, _ = finished
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    for extra, message in (
+        ([], "already holds a run"),
+        (["--resume", "--steps", 9], "another configuration (steps was 6 and is now 9)"),
+        (["--resume", "--data", out.parent / "none"], "does not exist"),
+    ):
+        code, _, err = in_process(capsys, monkeypatch, "train", "--out", out, "--epsilon", 5, *small.FLAGS, *extra)
+        assert code == 2 and message in err and err.count("\n") == 1
+        assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_an_unwritable_folder_is_refused(tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o555)
+    if os.access(locked, os.W_OK):  # root writes anywhere: a folder that is a file then stands for it
+        locked = tmp_path / "file"
+        locked.write_text("x")
+    done = dp2vae("train", "--out", locked / "run", *small.FLAGS)
+    assert done.returncode == 2 and "cannot write" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_large_delta_is_a_warning_and_the_run_goes_on(tmp_path):
+    done = dp2vae("train", "--out", tmp_path / "run", "--delta", 0.1, "--no-evaluate", *small.FLAGS)
+    assert done.returncode == 0 and "warning: delta = 0.1 is not below" in done.stderr
+    report = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert any("delta = 0.1" in warning for warning in report["warnings"])
+
+
+# What a run writes -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_the_release_and_keeps_the_rest_apart(finished):
+    out, done = finished
+    released = {"decoder.json", "decoder.safetensors", "privacy.json", "privacy.md", "samples.png", "metrics.json"}
+    assert {p.name for p in out.iterdir()} == released | {"curator"}
+    assert {"real.png", "history.csv", "curves.png", "ledger", "run.json"} <= {
+        p.name for p in (out / "curator").iterdir()
+    }
+    report = json.loads((out / "privacy.json").read_text())
+    assert 4.8 < report["epsilon"] <= 5 and report["delta"] == 1e-5 and report["noise_source"] == "secret"
+    assert set(report["released"]) == released - {"metrics.json"}
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert not any(metrics["private"].values()) and 0 <= metrics["cnn_accuracy_synthetic"] <= 1
+    assert "differentially private for every record" in done.stdout and "not private" in done.stdout
+
+
+def test_sample_draws_pictures_and_arrays(finished, tmp_path, capsys, monkeypatch):
+    out, _ = finished
+    for name in ("grid.png", "again.png"):
+        assert in_process(capsys, monkeypatch, "sample", out, "--out", tmp_path / name, "-n", 9, "--seed", 4)[0] == 0
+    assert (tmp_path / "grid.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    assert in_process(capsys, monkeypatch, "sample", out, "--out", tmp_path / "a.npz", "-n", 5, "--label", 7)[0] == 0
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert arrays["images"].shape == (5, 1, 8, 8) and arrays["images"].dtype == np.uint8
+        assert arrays["labels"].tolist() == [7] * 5
+    for arguments, message in (
+        ([out, "--label", 10], "there are 10 classes"),
+        ([tmp_path], "holds no decoder"),
+        ([out, "--out", tmp_path / "a.gif"], "ends in .png or .npz"),
+    ):
+        code, _, err = in_process(capsys, monkeypatch, "sample", *arguments)
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_evaluate_measures_again(finished, capsys, monkeypatch):
+    out, _ = finished
+    code, printed, _ = in_process(capsys, monkeypatch, "evaluate", out, "--samples", 300)
+    assert code == 0 and "cnn accuracy" in printed
+    assert json.loads((out / "metrics.json").read_text())["samples"] == 300
+    code, _, err = in_process(capsys, monkeypatch, "evaluate", out.parent)
+    assert code == 2 and "holds no decoder" in err
+
+
+def test_info_names_every_op_and_the_reason_for_each_gap(capsys, monkeypatch):
+    from dp2vae_fast.ops import backends_table
+
+    code, printed, _ = in_process(capsys, monkeypatch, "info")
+    assert code == 0 and "torch:" in printed and "devices:" in printed
+    for row in backends_table():
+        assert row.op in printed and row.reason in printed
+
+
+def test_colour_images_of_64_pixels_train_both_convolutional_presets(tmp_path, capsys, monkeypatch):
+    """Crops of scikit-learn's two photographs, as a folder of images with a class each."""
+    from sklearn.datasets import load_sample_images
+
+    for name, photo in zip(("china", "flower"), load_sample_images().images, strict=True):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(20):
+            top, left = 17 * i, 29 * i
+            Image.fromarray(photo[top : top + 80, left : left + 80]).save(tmp_path / "photos" / name / f"{i}.png")
+    for preset, width in (("resnet64", 32), ("conv64", 32)):
+        out = tmp_path / preset
+        code, _, err = in_process(
+            capsys, monkeypatch, "train", "--recipe", "images64", "--data", tmp_path / "photos", "--out", out,
+            "--preset", preset, "--set", f"width={width}", "--steps", 2, "--expected-batch-size", 8,
+            "--physical-batch-size", 8, "--set", "warm_start_steps=3", "--set", "accountant=rdp", "--no-evaluate",
+        )  # fmt: skip
+        assert code == 0, err
+        assert json.loads((out / "decoder.json").read_text())["image_shape"] == [3, 64, 64]
+        assert Image.open(out / "samples.png").mode == "RGB"

@@ -1,0 +1,162 @@
+"""A run may be stopped at any moment: what was drawn is counted, nothing is drawn twice, and it goes on."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import small
+import torch
+
+from dp2vae_fast.runs.checkpoint import load_checkpoint
+from dp2vae_fast.runs.ledger import Ledger
+from dp2vae_fast.trainer import Trainer
+
+KILLS = 10
+DRAWS = Path(__file__).with_name("draws.py")
+# As long as the demo, with narrow layers; the learning signal does not matter here.
+SETTINGS = ("accountant=rdp", "width=16", "checkpoint_every=20")
+DEMO = ["--recipe", "digits", "--no-evaluate", *(f"--set={setting}" for setting in SETTINGS)]
+
+
+def start(out, log, *arguments):
+    command = [sys.executable, str(DRAWS), str(log), "train", "--out", str(out), *DEMO, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def lines(log):
+    return [tuple(line.split()) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def wait_until(process, condition):
+    while process.poll() is None and not condition():
+        time.sleep(0.002)
+    return process.poll() is None
+
+
+def assert_whole(out):
+    """Every file is readable; leftovers of a write carry a temporary name."""
+    for file in out.rglob("*"):
+        if file.name.startswith(".") and file.suffix == ".tmp":
+            continue
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+        elif file.suffix == ".pt":
+            load_checkpoint(file)
+
+
+def test_ten_kills_at_random_moments_leave_every_draw_counted_and_none_repeated(tmp_path):
+    out, log = tmp_path / "run", tmp_path / "draws"
+    moments = random.Random(20261124)
+    killed = 0
+    while killed < KILLS:
+        process = start(out, log, "--resume")
+        # A few kills in stage 1 and the warm start, the others spread over the draws of DP-SGD.
+        early = killed < 3
+        enough = len(lines(log)) + (0 if early else moments.randrange(4, 90))
+        ledger = out / "curator" / "ledger"
+        assert wait_until(process, lambda n=enough, file=ledger: file.exists() and len(lines(log)) >= n), (
+            process.communicate()
+        )
+        time.sleep(moments.uniform(0, 0.8 if early else 0.02))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        killed += 1
+        assert_whole(out)
+    process = start(out, log, "--resume")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+    uses = [
+        (key, mechanism, domain, step, index)
+        for _, key, mechanism, domain, step, indices in lines(log)
+        for index in indices.split(",")
+    ]
+    assert len(uses) == len(set(uses)) > 0
+    report = json.loads((out / "privacy.json").read_text())
+    counted = {m["name"]: m["steps"] for m in report["mechanisms"]}
+    drawn = [line for line in lines(log) if line[0] in ("noise_adam_", "noise_sgd_")]
+    assert len(drawn) <= counted.pop("DP-SGD") == 400
+    assert sum(line[0] == "add_noise_" for line in lines(log)) <= sum(counted.values())
+    assert report["noise_keys"] > KILLS / 2 and report["epsilon"] <= 10
+    assert len({line[1] for line in drawn}) > 1  # several keys were really in use
+    assert not [p for p in out.rglob("*.tmp")]
+    assert_whole(out)
+
+
+def test_ctrl_c_stops_between_two_steps_with_the_exact_count(tmp_path):
+    out, log = tmp_path / "run", tmp_path / "draws"
+    process = start(out, log)
+
+    def stepping():
+        return sum(line[0] == "noise_adam_" for line in lines(log)) >= 30
+
+    assert wait_until(process, stepping), process.communicate()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in errors
+    drawn = sum(line[0] == "noise_adam_" for line in lines(log))
+    with_ledger = Ledger(out / "curator" / "ledger")
+    assert with_ledger.steps("DP-SGD") == drawn >= 30
+    with_ledger.close()
+    checkpoint = load_checkpoint(out / "curator" / "DP-SGD.pt")
+    assert checkpoint is not None and checkpoint["step"] == drawn
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+@pytest.mark.parametrize("crash_at", [("warm start", 3), ("DP-SGD", 1), ("DP-SGD", 4), ("DP-SGD", 5)])
+def test_a_seeded_run_that_is_resumed_ends_as_if_it_had_not_been_stopped(tmp_path, crash_at, ema_decay):
+    settings = small.SETTINGS | {"recipe": "digits", "ema_decay": ema_decay, "test_fraction": 0}
+
+    def crash(progress):
+        if (progress.stage, progress.step) == crash_at:
+            raise Crash
+
+    whole = Trainer(small.digits(), out=tmp_path / "whole", **settings).fit()
+    with pytest.raises(Crash):
+        Trainer(small.digits(), out=tmp_path / "run", observer=crash, **settings).fit()
+    resumed = Trainer(small.digits(), out=tmp_path / "run", resume=True, **settings).fit()
+    for mine, other in zip(resumed.decoder.parameters(), whole.decoder.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    assert resumed.report["mechanisms"] == whole.report["mechanisms"]
+    assert [r["step"] for r in resumed.history] == [r["step"] for r in whole.history]
+
+
+def test_a_seeded_run_resumed_under_other_circumstances_draws_afresh_and_counts_it(tmp_path):
+    settings = small.SETTINGS | {"recipe": "digits", "test_fraction": 0}
+
+    def crash(progress):
+        if (progress.stage, progress.step) == ("DP-SGD", 3):
+            raise Crash
+
+    with pytest.raises(Crash):
+        Trainer(small.digits(), out=tmp_path / "run", observer=crash, **settings).fit()
+    resumed = Trainer(small.digits(), out=tmp_path / "run", resume=True, **settings | {"physical_batch_size": 8}).fit()
+    assert resumed.report["noise_keys"] == 2
+    assert resumed.report["mechanisms"][-1]["steps"] == 6
+
+
+def test_a_finished_run_can_be_resumed_and_spends_nothing_more(tmp_path):
+    settings = small.SETTINGS | {"recipe": "digits", "test_fraction": 0, "out": tmp_path / "run", "seed": None}
+    first = Trainer(small.digits(), **settings).fit()
+    again = Trainer(small.digits(), resume=True, **settings).fit()
+    assert again.report["mechanisms"] == first.report["mechanisms"]
+    for mine, other in zip(again.decoder.parameters(), first.decoder.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_other_data_are_refused(tmp_path):
+    settings = small.SETTINGS | {"recipe": "digits", "test_fraction": 0, "out": tmp_path / "run"}
+    Trainer(small.digits(), **settings).fit()
+    with pytest.raises(ValueError, match="run on other data"):
+        Trainer(small.digits(150), resume=True, **settings).fit()
