@@ -23,8 +23,8 @@ ENCODER_DP_SGD = "DP-SGD of the encoder"
 
 SHARES: dict[str, dict[str, float]] = {
     "linear": {"means": 0.35, "covariance": 0.35},
-    "dp": {"means": 0.35, "encoder": 0.35},
-    "public": {"means": 0.35},
+    "dp": {"means": 0.3, "encoder": 0.35},
+    "public": {"means": 0.2},
     "private": {},
 }
 """Default share of the budget of each mechanism of stage 1, by encoder mode. Tuned on scikit-learn's digits."""

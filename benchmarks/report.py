@@ -1,0 +1,86 @@
+"""Render the records in results/ as the tables of the README, between its ``<!-- NAME -->`` marks.
+
+    python benchmarks/report.py [--check]
+
+``--check`` writes nothing and fails where the README does not say what the records say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+
+
+def utility_digits(record: dict[str, Any]) -> str:
+    """Accuracy on held-out digits after training on samples: medians over seeds."""
+    lines = [
+        "| encoder, budget (δ = 1e-5) | end to end | CNN | logistic regression | FID (small CNN) |",
+        "|---|---|---|---|---|",
+    ]
+    for row, content in record["rows"].items():
+        runs = content["runs"]
+        claim = "yes" if runs[0]["end_to_end"] else "**no**"
+        fid = statistics.median(next(iter(r["fid"].values())) for r in runs)
+        cnn, logreg = (_spread(runs, f"{kind}_accuracy_synthetic") for kind in ("cnn", "logreg"))
+        lines.append(
+            f"| `{row.partition(',')[0]}`{row[len(row.partition(',')[0]) :]} | {claim} | {cnn} | {logreg} | {fid:.1f} |"
+        )
+    every = [r for content in record["rows"].values() for r in content["runs"]]
+    cnn, logreg = (_spread(every, f"{kind}_accuracy_real", spread=False) for kind in ("cnn", "logreg"))
+    fid = statistics.median(next(iter(r["fid_real"].values())) for r in every)
+    lines.append(f"| *real training digits* | | {cnn} | {logreg} | {fid:.1f} (held-out digits) |")
+    seeds = len(next(iter(record["rows"].values()))["runs"])
+    return "\n".join([*lines, "", f"Medians of {seeds} seeds, range in brackets; {_made(record)}"])
+
+
+def _spread(runs: list[dict[str, Any]], figure: str, *, spread: bool = True) -> str:
+    values = [100 * r[figure] for r in runs]
+    median = f"{statistics.median(values):.1f} %"
+    return f"{median} ({min(values):.1f}–{max(values):.1f})" if spread else median
+
+
+def noise_cpu(record: dict[str, Any]) -> str:
+    """Noise and optimizer in one pass against ``normal_`` followed by the optimizer."""
+    return record["table"] + f"\n\nMilliseconds a step, median (20 % to 80 %); {_made(record)}"
+
+
+def _made(record: dict[str, Any]) -> str:
+    where = record["environment"]
+    versions = where["versions"]
+    return f"{where['processor']}, {where['cores']} cores, torch {versions['torch']}, opacus {versions['opacus']}."
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"utility_digits": utility_digits}
+
+
+def rendered(text: str) -> str:
+    """The text with every marked table made anew from its record."""
+    for name, render in TABLES.items():
+        table = render(json.loads((HERE / "results" / f"{name}.json").read_text()))
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not marked.search(text):
+            raise SystemExit(f"README.md has no place for {name}: add <!-- {name} --> and <!-- end -->")
+        text = marked.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    text = README.read_text(encoding="utf-8")
+    if parser.parse_args().check:
+        sys.exit(None if rendered(text) == text else "README.md is not what the records say: run benchmarks/report.py")
+    README.write_text(rendered(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
