@@ -52,6 +52,7 @@ def native_build():
             "-fno-math-errno",
             "-fno-trapping-math",
             "-Wno-psabi",
+            f"-fmacro-prefix-map={os.path.dirname(os.path.abspath(__file__))}/=",  # error messages name no build folder
         ],
         optional=True,
     )

@@ -5,10 +5,12 @@
 
 #include <array>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 
 #include "chacha20.h"
 #include "cpu/isa.h"
+#include "cpu/noise.h"
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(dp2vae_fast, CPU, library) {
@@ -43,11 +45,10 @@ py::bytes chacha20_block(const py::bytes& key, uint32_t counter, const py::bytes
 }
 
 py::tuple box_muller(uint32_t radius_word, uint32_t tail_word, uint32_t angle_word) {
-  const float radius = radius_word < 0x10000u ? scalar::tail_radius(radius_word, tail_word)
-                                              : scalar::radius<scalar::Scalar>(radius_word);
-  float cosine, sine;
-  scalar::direction<scalar::Scalar>(angle_word, cosine, sine);
-  return py::make_tuple(radius * cosine, radius * sine);
+  float pair[2];
+  if (!dp2vae::kernels_in_use().box_muller(radius_word, tail_word, angle_word, pair))
+    throw std::runtime_error("the lanes of a vector disagree");
+  return py::make_tuple(pair[0], pair[1]);
 }
 
 py::dict build_info() {
@@ -55,9 +56,11 @@ py::dict build_info() {
   info["compiler"] = __VERSION__;
   info["torch_target"] = std::to_string(TORCH_TARGET_VERSION >> 56 & 0xff) + "." +
                          std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff);
-  info["avx2_kernels"] = static_cast<bool>(DP2VAE_HAS_AVX2_BUILD);
   info["cuda_kernels"] = false;
   info["isa"] = dp2vae::isa();
+  std::string isas;
+  for (const std::string& name : dp2vae::isas()) isas += (isas.empty() ? "" : " ") + name;
+  info["isas"] = isas;
   return info;
 }
 
@@ -66,11 +69,11 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of dp2vae_fast; importing it registers them with torch.ops.dp2vae_fast.";
   module.def("build_info", &build_info, "What this module was built with, and the instruction set in use.");
-  module.def(
-      "select_isa", &dp2vae::select_isa, py::arg("name"),
-      "Use the kernels of instruction set 'avx2' or 'portable'; False where it is missing. For tests.");
+  module.def("select_isa", &dp2vae::select_isa, py::arg("name"),
+             "Use the kernels of an instruction set named in build_info()['isas']; False where it is not. "
+             "For tests.");
   module.def("chacha20_block", &chacha20_block, py::arg("key"), py::arg("counter"), py::arg("nonce"),
              "One ChaCha20 block (RFC 8439, section 2.3): 32-byte key, 12-byte nonce -> 64 bytes.");
   module.def("box_muller", &box_muller, py::arg("radius_word"), py::arg("tail_word"), py::arg("angle_word"),
-             "The two float32 normals of one word triple.");
+             "The two float32 normals of one word triple, from the instruction set in use.");
 }

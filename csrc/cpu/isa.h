@@ -1,20 +1,26 @@
 // Which instruction sets this build holds, and which of them this machine runs.
 #pragma once
 
+#include <string>
+#include <vector>
+
 // Clang ignores GCC's target pragma: there the portable kernels do, at the width that the compiler's flags
 // allow.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define DP2VAE_HAS_AVX2_BUILD 1
+#define DP2VAE_HAS_X86_BUILDS 1
 #else
-#define DP2VAE_HAS_AVX2_BUILD 0
+#define DP2VAE_HAS_X86_BUILDS 0
 #endif
 
 namespace dp2vae {
 
-// The instruction set in use, "avx2" or "portable".
+// The instruction sets that this build and this machine have, of "avx512", "avx2" and "portable": best first.
+std::vector<std::string> isas();
+
+// The one in use: the best, unless another was selected.
 const char* isa();
 
-// Use the named instruction set from now on; false where this machine or this build lacks it. For tests.
-bool select_isa(const char* name);
+// Use the named instruction set from now on; false where it is not one of isas(). For tests.
+bool select_isa(const std::string& name);
 
 }  // namespace dp2vae

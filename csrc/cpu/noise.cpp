@@ -25,24 +25,29 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kWordLimit = int64_t{1} << 32;
-constexpr int64_t kGrain = 64;  // superblocks: some 30 microseconds of work
+constexpr int64_t kGrain = 64;  // superblocks: 10 to 25 microseconds of work
 
-const NoiseKernels* find_kernels(const std::string& name) {
-#if DP2VAE_HAS_AVX2_BUILD
-  if (name == "avx2") return __builtin_cpu_supports("avx2") ? &avx2::noise_kernels : nullptr;
+// Best first.
+std::vector<const NoiseKernels*> usable_kernels() {
+  std::vector<const NoiseKernels*> usable;
+#if DP2VAE_HAS_X86_BUILDS
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    usable.push_back(&avx512::noise_kernels);
+  if (__builtin_cpu_supports("avx2")) usable.push_back(&avx2::noise_kernels);
 #endif
-  return name == "portable" ? &portable::noise_kernels : nullptr;
+  usable.push_back(&portable::noise_kernels);
+  return usable;
 }
 
 const NoiseKernels*& kernels() {
-  static const NoiseKernels* chosen = find_kernels("avx2") ? find_kernels("avx2") : find_kernels("portable");
+  static const NoiseKernels* chosen = usable_kernels().front();
   return chosen;
 }
 
 Draw make_draw(const Tensor& key, const Tensor& step, int64_t mechanism, int64_t domain) {
-  STD_TORCH_CHECK(
-      key.is_cpu() && key.scalar_type() == ScalarType::Int && key.numel() == 8 && key.is_contiguous(),
-      "key: expected a contiguous int32 CPU tensor of 8 words");
+  STD_TORCH_CHECK(key.is_cpu() && key.scalar_type() == ScalarType::Int && key.dim() == 1 && key.numel() == 8,
+                  "key: expected an int32 CPU tensor of 8 words");
   STD_TORCH_CHECK(step.is_cpu() && step.scalar_type() == ScalarType::Long && step.numel() == 1,
                   "step: expected an int64 CPU scalar");
   STD_TORCH_CHECK(0 <= mechanism && mechanism < kWordLimit / 4, "mechanism is ", mechanism,
@@ -52,7 +57,8 @@ Draw make_draw(const Tensor& key, const Tensor& step, int64_t mechanism, int64_t
   STD_TORCH_CHECK(0 <= at && at < kWordLimit, "step is ", at,
                   ", expected 0 to 2^32 - 1: further steps would repeat");
   Draw draw{};
-  std::copy_n(reinterpret_cast<const uint32_t*>(key.const_data_ptr<int32_t>()), 8, draw.key);
+  const int32_t* words = key.const_data_ptr<int32_t>();
+  for (int i = 0; i < 8; ++i) draw.key[i] = static_cast<uint32_t>(words[i * key.stride(0)]);
   draw.nonce[0] = static_cast<uint32_t>(4 * mechanism + domain);
   draw.nonce[1] = static_cast<uint32_t>(at);
   return draw;
@@ -134,12 +140,23 @@ T* pointer(const Tensors& tensors, size_t i) {
 
 }  // namespace
 
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const NoiseKernels* usable : usable_kernels()) names.push_back(usable->name);
+  return names;
+}
+
 const char* isa() { return kernels()->name; }
 
-bool select_isa(const char* name) {
-  const NoiseKernels* found = find_kernels(name);
-  if (found) kernels() = found;
-  return found != nullptr;
+const NoiseKernels& kernels_in_use() { return *kernels(); }
+
+bool select_isa(const std::string& name) {
+  for (const NoiseKernels* usable : usable_kernels())
+    if (usable->name == name) {
+      kernels() = usable;
+      return true;
+    }
+  return false;
 }
 
 Tensor random_words(const Tensor& key, const Tensor& step, int64_t mechanism, int64_t domain, int64_t index,

@@ -6,8 +6,8 @@
 
 namespace dp2vae {
 
-constexpr int64_t kSuperblock = 128;  // elements that eight ChaCha20 blocks serve
-constexpr uint32_t kTail = 1;         // added to the nonce's first word for tail words
+constexpr int kSuperblock = 128;  // elements that eight ChaCha20 blocks serve
+constexpr uint32_t kTail = 1;     // added to the nonce's first word for tail words
 
 // Key and nonce of one parameter's noise.
 struct Draw {
@@ -44,10 +44,13 @@ struct Adam {
 template <class Update>
 using Kernel = void (*)(const Draw& draw, int64_t n, int64_t first, int64_t end, const Update& update);
 
+// The kernels of one instruction set.
 struct NoiseKernels {
   const char* name;
   // Words of ChaCha20 blocks [first, end), in keystream order, cut off at n words.
   void (*random_words)(const Draw& draw, int64_t n, int64_t first, int64_t end, uint32_t* out);
+  // The two normals of one word triple; false where the lanes of a vector disagree.
+  bool (*box_muller)(uint32_t radius_word, uint32_t tail_word, uint32_t angle_word, float* pair);
   Kernel<AddNoise<float>> add_noise_float;
   Kernel<AddNoise<double>> add_noise_double;
   Kernel<Sgd<float>> sgd_float;
@@ -62,5 +65,11 @@ extern const NoiseKernels noise_kernels;
 namespace avx2 {
 extern const NoiseKernels noise_kernels;
 }
+namespace avx512 {
+extern const NoiseKernels noise_kernels;
+}
+
+// Those in use.
+const NoiseKernels& kernels_in_use();
 
 }  // namespace dp2vae

@@ -4,8 +4,10 @@
 
 #include "isa.h"
 
-#if DP2VAE_HAS_AVX2_BUILD
+#if DP2VAE_HAS_X86_BUILDS
 #pragma GCC target("avx2")
 #define DP2VAE_ISA avx2
+#define DP2VAE_LANES 8
+#define DP2VAE_SHUFFLE_BYTES 1
 #include "noise_kernels.h"
 #endif

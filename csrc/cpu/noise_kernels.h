@@ -1,5 +1,5 @@
-// The CPU noise kernels, compiled once per instruction set: include with DP2VAE_ISA defined and its target
-// pragma set.
+// The CPU noise kernels, compiled once per instruction set: include with DP2VAE_LANES and DP2VAE_ISA defined
+// and the target pragma set.
 #pragma once
 
 #include <cstring>
@@ -9,64 +9,89 @@
 
 namespace dp2vae::DP2VAE_ISA {
 
-// Standard normals of one superblock, in row-major element order: row w holds word w of blocks 8 s to 8 s
-// + 7.
+// A pass fills as many superblocks as there are lanes for, at least one: a lane is a block, eight a
+// superblock.
+constexpr int kPassBlocks = kWidth < 8 ? 8 : kWidth;
+constexpr int kPass = 16 * kPassBlocks;  // elements
+
+// Where the normal of word w of a pass's block goes.
+constexpr int place(int block, int w) { return block / 8 * kSuperblock + 8 * w + block % 8; }
+
+// Writes word w's normals of the blocks from `block` on: a run of elements for every superblock.
+DP2VAE_INLINE void store_row(float* z, int block, int w, const Lanes::F& row) {
+  constexpr int kRun = kWidth < 8 ? kWidth : 8;
+  for (int l = 0; l < kWidth; l += kRun)
+    memcpy(z + place(block + l, w), reinterpret_cast<const float*>(&row) + l, sizeof(float) * kRun);
+}
+
+// The two normals of every lane's radius and angle word. Returns the lanes that need a tail word instead.
+DP2VAE_INLINE Lanes::I box_muller(const Lanes::U& radius_word, const Lanes::U& angle_word, Lanes::F& first,
+                                  Lanes::F& second) {
+  direction<Lanes>(angle_word, first, second);
+  const Lanes::F r = radius<Lanes>(radius_word);
+  first *= r;
+  second *= r;
+  return radius_word < 0x10000u;
+}
+
+DP2VAE_INLINE void box_muller_tail(uint32_t radius_word, uint32_t tail_word, uint32_t angle_word,
+                                   float& first, float& second) {
+  direction<Scalar>(angle_word, first, second);
+  const float r = tail_radius(radius_word, tail_word);
+  first *= r;
+  second *= r;
+}
+
+DP2VAE_INLINE bool any(const Lanes::I& mask) {
+  uint64_t parts[kWidth / 2], either = 0;
+  memcpy(parts, &mask, sizeof parts);
+  for (uint64_t part : parts) either |= part;
+  return either != 0;
+}
+
+// Standard normals of the superblocks of one pass, in row-major element order: row w of a superblock holds
+// word w of its eight blocks.
 DP2VAE_INLINE void normals(const Draw& draw, int64_t superblock, float* z) {
-  using U = Lanes8::U;
-  using F = Lanes8::F;
-  const U lane = {0, 1, 2, 3, 4, 5, 6, 7};
-  const uint32_t block = static_cast<uint32_t>(8 * superblock);
-  U x[16];
-  chacha20_block<Lanes8>(draw.key, lane + block, draw.nonce, x);
-  Lanes8::I any_tail = {};
-  for (int w = 0; w < 16; w += 2) {
-    F cosine, sine;
-    direction<Lanes8>(x[w + 1], cosine, sine);
-    const F r = radius<Lanes8>(x[w]);
-    const F rows[2] = {r * cosine, r * sine};
-    memcpy(z + 8 * w, rows, sizeof rows);
-    any_tail |= x[w] < 0x10000u;
-  }
-  uint64_t any[4];
-  memcpy(any, &any_tail, sizeof any);
-  if (__builtin_expect((any[0] | any[1] | any[2] | any[3]) == 0, 1)) return;
-  const uint32_t tail_nonce[3] = {draw.nonce[0] + kTail, draw.nonce[1], draw.nonce[2]};
-  for (int w = 0; w < 16; w += 2) {
-    for (int l = 0; l < 8; ++l) {
-      if (x[w][l] >= 0x10000u) continue;
-      uint32_t tail[16];
-      chacha20_block<Scalar>(draw.key, block + l, tail_nonce, tail);
-      float cosine, sine;
-      direction<Scalar>(x[w + 1][l], cosine, sine);
-      const float r = tail_radius(x[w][l], tail[w]);
-      z[8 * w + l] = r * cosine;
-      z[8 * w + 8 + l] = r * sine;
+  for (int offset = 0; offset < kPassBlocks; offset += kWidth) {
+    const uint32_t block = static_cast<uint32_t>(8 * superblock) + offset;
+    Lanes::U x[16];
+    chacha20_block<Lanes>(draw.key, Lanes::count_from(block), draw.nonce, x);
+    Lanes::I tails = {};
+    for (int w = 0; w < 16; w += 2) {
+      Lanes::F first, second;
+      tails |= box_muller(x[w], x[w + 1], first, second);
+      store_row(z, offset, w, first);
+      store_row(z, offset, w + 1, second);
+    }
+    if (__builtin_expect(!any(tails), 1)) continue;
+    const uint32_t tail_nonce[3] = {draw.nonce[0] + kTail, draw.nonce[1], draw.nonce[2]};
+    for (int w = 0; w < 16; w += 2) {
+      for (int l = 0; l < kWidth; ++l) {
+        if (x[w][l] >= 0x10000u) continue;
+        uint32_t tail[16];
+        chacha20_block<Scalar>(draw.key, block + l, tail_nonce, tail);
+        box_muller_tail(x[w][l], tail[w], x[w + 1][l], z[place(offset + l, w)], z[place(offset + l, w + 1)]);
+      }
     }
   }
 }
 
-template <class T>
-DP2VAE_INLINE void apply(const AddNoise<T>& u, int64_t begin, const float* z, int count) {
-  T* data = u.data + begin;
-  for (int i = 0; i < count; ++i) data[i] += u.std * static_cast<T>(z[i]);
+// One word triple in every lane, for tests. Returns false where the lanes disagree.
+bool box_muller_of(uint32_t radius_word, uint32_t tail_word, uint32_t angle_word, float* pair) {
+  const Lanes::U zero = {};
+  Lanes::F first, second;
+  const Lanes::I tails = box_muller(zero + radius_word, zero + angle_word, first, second);
+  for (int l = 0; l < kWidth; ++l) {
+    float here[2] = {first[l], second[l]};
+    if (tails[l]) box_muller_tail(radius_word, tail_word, angle_word, here[0], here[1]);
+    if (l > 0 && memcmp(here, pair, sizeof here) != 0) return false;
+    memcpy(pair, here, sizeof here);
+  }
+  return true;
 }
 
-template <class T>
-DP2VAE_INLINE void apply(const Sgd<T>& u, int64_t begin, const float* z, int count) {
-  T* __restrict param = u.param + begin;
-  const T* __restrict sum = u.sum + begin;
-  T* __restrict buffer = u.momentum_buffer ? u.momentum_buffer + begin : nullptr;
-  for (int i = 0; i < count; ++i) {
-    T grad = (sum[i] + u.std * static_cast<T>(z[i])) * u.scale;
-    if (u.weight_decay != 0) grad += u.weight_decay * param[i];
-    if (buffer) {
-      const T average = u.first_step ? grad : buffer[i] * u.momentum + u.undamped * grad;
-      buffer[i] = average;
-      grad = u.nesterov ? grad + u.momentum * average : average;
-    }
-    param[i] -= u.lr * grad;
-  }
-}
+// The updates: plain loops that the compiler vectorises. For that, settings are copied (a store must not seem
+// to change them), choices are values rather than branches, and a list that may be absent is a template flag.
 
 template <class T>
 DP2VAE_INLINE T root(T x) {
@@ -75,57 +100,97 @@ DP2VAE_INLINE T root(T x) {
 }
 
 template <class T>
-DP2VAE_INLINE void apply(const Adam<T>& u, int64_t begin, const float* z, int count) {
+DP2VAE_INLINE void apply(AddNoise<T> u, int64_t begin, const float* z, int count) {
+  T* data = u.data + begin;
+  for (int i = 0; i < count; ++i) data[i] += u.std * static_cast<T>(z[i]);
+}
+
+template <bool with_momentum, class T>
+DP2VAE_INLINE void sgd(Sgd<T> u, int64_t begin, const float* z, int count) {
+  T* __restrict param = u.param + begin;
+  const T* __restrict sum = u.sum + begin;
+  T* __restrict buffer = u.momentum_buffer + (with_momentum ? begin : 0);
+  const bool decays = u.weight_decay != 0;
+  for (int i = 0; i < count; ++i) {
+    const T p = param[i];
+    T grad = (sum[i] + u.std * static_cast<T>(z[i])) * u.scale;
+    grad = decays ? grad + u.weight_decay * p : grad;
+    if constexpr (with_momentum) {
+      const T later = buffer[i] * u.momentum + u.undamped * grad;
+      const T average = u.first_step ? grad : later;
+      buffer[i] = average;
+      grad = u.nesterov ? grad + u.momentum * average : average;
+    }
+    param[i] = p - u.lr * grad;
+  }
+}
+
+template <class T>
+DP2VAE_INLINE void apply(const Sgd<T>& u, int64_t begin, const float* z, int count) {
+  u.momentum_buffer ? sgd<true>(u, begin, z, count) : sgd<false>(u, begin, z, count);
+}
+
+template <bool amsgrad, class T>
+DP2VAE_INLINE void adam(Adam<T> u, int64_t begin, const float* z, int count) {
   T* __restrict param = u.param + begin;
   const T* __restrict sum = u.sum + begin;
   T* __restrict first = u.exp_avg + begin;
   T* __restrict second = u.exp_avg_sq + begin;
-  T* __restrict largest = u.max_exp_avg_sq ? u.max_exp_avg_sq + begin : nullptr;
+  T* __restrict largest = u.max_exp_avg_sq + (amsgrad ? begin : 0);
+  const bool decays = u.weight_decay != 0;
   for (int i = 0; i < count; ++i) {
+    const T p = param[i] * u.shrink;  // 1, or 1 - lr * weight_decay where the decay is decoupled
     T grad = (sum[i] + u.std * static_cast<T>(z[i])) * u.scale;
-    T p = param[i] * u.shrink;  // 1, or 1 - lr * weight_decay where the decay is decoupled
-    if (u.weight_decay != 0) grad += u.weight_decay * p;
+    grad = decays ? grad + u.weight_decay * p : grad;
     const T m = first[i] + u.lerp_weight * (grad - first[i]);
     T v = second[i] * u.beta2 + u.one_minus_beta2 * grad * grad;
     first[i] = m;
     second[i] = v;
-    if (largest) largest[i] = v = largest[i] < v ? v : largest[i];
+    if constexpr (amsgrad) {
+      v = largest[i] < v ? v : largest[i];
+      largest[i] = v;
+    }
     param[i] = p - u.step_size * m / (root(v) / u.root_correction2 + u.eps);
   }
 }
 
+template <class T>
+DP2VAE_INLINE void apply(const Adam<T>& u, int64_t begin, const float* z, int count) {
+  u.max_exp_avg_sq ? adam<true>(u, begin, z, count) : adam<false>(u, begin, z, count);
+}
+
 template <class Update>
 void run(const Draw& draw, int64_t n, int64_t first, int64_t end, const Update& update) {
-  alignas(32) float z[kSuperblock];
-  for (int64_t s = first; s < end; ++s) {
+  alignas(64) float z[kPass];
+  const int64_t stop = n < end * kSuperblock ? n : end * kSuperblock;
+  for (int64_t s = first; s < end; s += kPassBlocks / 8) {
     normals(draw, s, z);
     const int64_t begin = s * kSuperblock;
-    if (n - begin >= kSuperblock)
-      apply(update, begin, z, kSuperblock);
+    if (stop - begin >= kPass)
+      apply(update, begin, z, kPass);
     else
-      apply(update, begin, z, static_cast<int>(n - begin));
+      apply(update, begin, z, static_cast<int>(stop - begin));
   }
 }
 
 void random_words(const Draw& draw, int64_t n, int64_t first, int64_t end, uint32_t* out) {
-  const Lanes8::U lane = {0, 1, 2, 3, 4, 5, 6, 7};
-  for (int64_t block = first; block < end; block += 8) {
-    Lanes8::U x[16];
-    chacha20_block<Lanes8>(draw.key, lane + static_cast<uint32_t>(block), draw.nonce, x);
-    uint32_t words[16][8], turned[128];
+  const int64_t stop = n < 16 * end ? n : 16 * end;
+  for (int64_t block = first; block < end; block += kWidth) {
+    Lanes::U x[16];
+    chacha20_block<Lanes>(draw.key, Lanes::count_from(static_cast<uint32_t>(block)), draw.nonce, x);
+    uint32_t words[16][kWidth], turned[16 * kWidth];
     memcpy(words, x, sizeof words);
     for (int w = 0; w < 16; ++w)
-      for (int l = 0; l < 8; ++l) turned[16 * l + w] = words[w][l];
-    const int64_t stop = n < 16 * end ? n : 16 * end;
+      for (int l = 0; l < kWidth; ++l) turned[16 * l + w] = words[w][l];
     const int64_t left = stop - 16 * block;
-    memcpy(out + 16 * block, turned, sizeof(uint32_t) * (left < 128 ? left : 128));
+    memcpy(out + 16 * block, turned, sizeof(uint32_t) * (left < 16 * kWidth ? left : 16 * kWidth));
   }
 }
 
 #define DP2VAE_NAME_(isa) #isa
 #define DP2VAE_NAME(isa) DP2VAE_NAME_(isa)
-extern const NoiseKernels noise_kernels = {DP2VAE_NAME(DP2VAE_ISA), random_words,     run<AddNoise<float>>,
-                                           run<AddNoise<double>>,   run<Sgd<float>>,  run<Sgd<double>>,
-                                           run<Adam<float>>,        run<Adam<double>>};
+extern const NoiseKernels noise_kernels = {DP2VAE_NAME(DP2VAE_ISA), random_words,          box_muller_of,
+                                           run<AddNoise<float>>,    run<AddNoise<double>>, run<Sgd<float>>,
+                                           run<Sgd<double>>,        run<Adam<float>>,      run<Adam<double>>};
 
 }  // namespace dp2vae::DP2VAE_ISA

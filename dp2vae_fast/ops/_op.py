@@ -135,10 +135,10 @@ class Op(Generic[R]):
         self.mutates = tuple(mutates)
         self.reference: Callable[..., R] = torch.no_grad()(function)
         self._schema = torch.library.infer_schema(function, mutates_args=self.mutates)
+        default = self._define("default", self.reference)  # first: what torch.ops calls where no overload is named
         self._implementations: dict[str, _Implementation] = {
             "reference": _Implementation(self._define("reference", self.reference), None)
         }
-        default = self._define("default", self.reference)
         for name, key in _DISPATCH_KEY.items():
             if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{self.name}", key):
                 self._implementations[name] = _Implementation(default, native)

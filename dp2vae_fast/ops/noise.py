@@ -84,6 +84,9 @@ def chacha20_blocks(key: Tensor, counters: Tensor, nonce: Tensor) -> Tensor:
 
 
 def _nonce(step: Tensor, mechanism: int, domain: int, index: int) -> Tensor:
+    # Not an `if`: the value may be on a GPU, or fake.
+    in_range = (step >= 0) & (step < 1 << 32)
+    torch.ops.aten._assert_async.msg(in_range, "step is outside 0 to 2^32 - 1: further steps would repeat")
     first = torch.full((), 4 * mechanism + domain, dtype=torch.int64, device=step.device)
     return torch.stack((first, step, torch.full_like(first, index))).to(torch.int32)
 
@@ -96,13 +99,13 @@ def box_muller(radius_word: Tensor, tail_word: Tensor, angle_word: Tensor) -> tu
     """The two normals of each word triple (int64, values below 2^32), in float64."""
     a = radius_word.double()
     u = torch.where(radius_word >= 1 << 16, (a + 0.5) * 2.0**-32, (a * 2.0**32 + tail_word + 0.5) * 2.0**-64)
-    below_one = (0xFFFFFFFF - radius_word + 0.5) * -(2.0**-32)  # u - 1, exactly
+    below_one = ((0xFFFFFFFF - radius_word).double() + 0.5) * -(2.0**-32)  # u - 1, exactly
     log_u = torch.where(radius_word >= 1 << 31, below_one.log1p(), u.log())
     radius = (-2 * log_u).sqrt()
     # Cut to the nearest quarter turn in integers: the sine of a small remainder then keeps its relative
     # accuracy.
     quarter = (angle_word + (1 << 29)) >> 30
-    angle = (angle_word - (quarter << 30)) * (math.pi / 2 * 2.0**-30)
+    angle = (angle_word - (quarter << 30)).double() * (math.pi / 2 * 2.0**-30)
     sine, cosine = angle.sin(), angle.cos()
     odd = quarter % 2 == 1
     cos_sign = torch.where((quarter + 1) % 4 >= 2, -1.0, 1.0)
@@ -119,7 +122,7 @@ def normals(key: Tensor, step: Tensor, mechanism: int, index: int, n: int) -> Te
         _normal_superblocks(key, step, mechanism, index, start, min(start + _CHUNK, -(-n // SUPERBLOCK)))
         for start in range(0, -(-n // SUPERBLOCK), _CHUNK)
     ]
-    return torch.cat(chunks)[:n] if chunks else torch.empty(0, device=key.device)
+    return torch.cat(chunks)[:n] if chunks else torch.empty(0, dtype=torch.float32, device=key.device)
 
 
 def _normal_superblocks(key: Tensor, step: Tensor, mechanism: int, index: int, first: int, end: int) -> Tensor:
@@ -128,8 +131,9 @@ def _normal_superblocks(key: Tensor, step: Tensor, mechanism: int, index: int, f
     radius_words, angle_words = words[0::2], words[1::2]
     tail_words = torch.zeros_like(radius_words)
     pair, block = (radius_words < 1 << 16).nonzero(as_tuple=True)
-    tail = chacha20_blocks(key, counters[block], _nonce(step, mechanism, TAIL, index))
-    tail_words[pair, block] = _unsigned(tail[2 * pair, torch.arange(block.numel(), device=key.device)])
+    if block.numel():
+        tail = chacha20_blocks(key, counters[block], _nonce(step, mechanism, TAIL, index))
+        tail_words[pair, block] = _unsigned(tail[2 * pair, torch.arange(block.numel(), device=key.device)])
     z = torch.stack(box_muller(radius_words, tail_words, angle_words), dim=1).to(torch.float32)  # [8, 2, blocks]
     return z.reshape(16, end - first, _LANES).transpose(0, 1).reshape(-1)
 
@@ -228,7 +232,8 @@ def random_words(key: Tensor, step: Tensor, mechanism: int, domain: int, index: 
     Edge cases:
         n = 0 gives an empty tensor. Words above 2^31 - 1 come as negative int32.
     Raises:
-        ValueError: an argument is out of the range that its 30, 2 or 32 bits of the nonce hold.
+        ValueError: mechanism, domain or index is out of the range that its 30, 2 or 32 bits of the nonce hold.
+        RuntimeError: step is, which only its value can tell.
     """
     _check_words(key, step, mechanism, domain, index, n)
     counters = torch.arange(-(-n // 16), device=key.device).to(torch.int32)
@@ -263,6 +268,7 @@ def add_noise_(
     Raises:
         ValueError: indices repeat (two tensors would share their noise), an argument is out of range, or
         lengths differ.
+        RuntimeError: step is out of range.
     """
     _check_draw(key, step, mechanism, indices)
     _check_lists(indices, std, tensors=tensors)
@@ -281,12 +287,17 @@ def _native_noise_sgd(
     mechanism: int,
     indices: list[int],
     std: float,
+    scale: float,
+    lr: float,
+    momentum: float,
     *_settings: float,
     **_named_settings: float,
 ) -> bool | str:
     _check_draw(key, step, mechanism, indices)
     buffers = {"momentum_buffers": momentum_buffers} if momentum_buffers else {}
     _check_lists(indices, std, params=params, sums=sums, **buffers)
+    if momentum != 0 and len(momentum_buffers) != len(params):
+        raise ValueError(f"momentum is {momentum} but momentum_buffers is empty: give one buffer for every parameter")
     return kernels_support(params, sums, *buffers.values())
 
 
@@ -320,9 +331,7 @@ def noise_sgd_(
     Edge cases and errors:
         as `add_noise_`; ValueError too where momentum is not 0 and momentum_buffers is empty.
     """
-    _native_noise_sgd(params, sums, momentum_buffers, key, step, mechanism, indices, std)
-    if momentum != 0 and len(momentum_buffers) != len(params):
-        raise ValueError(f"momentum is {momentum} but momentum_buffers is empty: give one buffer for every parameter")
+    _native_noise_sgd(params, sums, momentum_buffers, key, step, mechanism, indices, std, scale, lr, momentum)
     for i, (param, total, index) in enumerate(zip(params, sums, indices, strict=True)):
         grad = _gradient(total, key, step, mechanism, index, std, scale, maximize).to(param.dtype)
         if weight_decay != 0:
@@ -348,10 +357,14 @@ def _native_noise_adam(
     mechanism: int,
     indices: list[int],
     std: float,
+    scale: float,
+    optimizer_step: int,
     *_settings: float,
     **_named_settings: float,
 ) -> bool | str:
     _check_draw(key, step, mechanism, indices)
+    if optimizer_step < 1:
+        raise ValueError(f"optimizer_step is {optimizer_step}, expected 1 or more: Adam counts from 1")
     state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if max_exp_avg_sqs:
         state["max_exp_avg_sqs"] = max_exp_avg_sqs
@@ -389,9 +402,20 @@ def noise_adam_(
     Guarantees, edge cases and errors:
         as `noise_sgd_`; ValueError too where optimizer_step < 1.
     """
-    _native_noise_adam(params, sums, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, key, step, mechanism, indices, std)
-    if optimizer_step < 1:
-        raise ValueError(f"optimizer_step is {optimizer_step}, expected 1 or more: Adam counts from 1")
+    _native_noise_adam(
+        params,
+        sums,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        key,
+        step,
+        mechanism,
+        indices,
+        std,
+        scale,
+        optimizer_step,
+    )
     root_correction2 = math.sqrt(1 - beta2**optimizer_step)
     step_size = lr / (1 - beta1**optimizer_step)
     for i, (param, total, index) in enumerate(zip(params, sums, indices, strict=True)):

@@ -1,0 +1,12 @@
+// The standard headers come first: the pragma must not reach their inline functions.
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+
+#if DP2VAE_HAS_X86_BUILDS
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define DP2VAE_ISA avx512
+#define DP2VAE_LANES 16
+#include "noise_kernels.h"
+#endif
