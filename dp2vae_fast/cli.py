@@ -23,9 +23,10 @@ from .runs.checkpoint import RunError, write_atomic, write_json
 from .runs.environment import versions
 from .runs.folder import read_run
 from .trainer import Trainer, load_split, sampler
+from .vae.classifiers import EvaluationError
 from .vae.data import DataError, to_pixels
-from .vae.evaluate import EvaluationError, require_feature_network
 from .vae.evaluate import evaluate as evaluate_samples
+from .vae.fid import require_feature_network
 from .vae.figures import image_grid, write_png
 from .vae.models import ModelError
 from .vae.release import load_decoder

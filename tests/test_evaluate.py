@@ -13,18 +13,10 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
+from dp2vae_fast.vae.classifiers import EvaluationError, SmallCNN, cnn_accuracy, logreg_accuracy
 from dp2vae_fast.vae.data import ImageData, load_images, make_image_data, to_unit, train_test_split
-from dp2vae_fast.vae.evaluate import (
-    FIGURES,
-    EvaluationError,
-    FeatureNetwork,
-    SmallCNN,
-    cnn_accuracy,
-    evaluate,
-    fid,
-    load_feature_network,
-    logreg_accuracy,
-)
+from dp2vae_fast.vae.evaluate import FIGURES, evaluate
+from dp2vae_fast.vae.fid import FeatureNetwork, fid, load_feature_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
@@ -44,7 +36,7 @@ def cnn_features(digits) -> FeatureNetwork:
 @pytest.fixture
 def few_steps(monkeypatch):
     """For tests that ask for other things than accuracy."""
-    monkeypatch.setattr("dp2vae_fast.vae.evaluate._STEPS", 10)
+    monkeypatch.setattr("dp2vae_fast.vae.classifiers._STEPS", 10)
 
 
 class ToUnit(nn.Module):
@@ -257,7 +249,7 @@ def test_inception_with_weights_of_its_own(tmp_path, monkeypatch):
         torch.rand(1)  # layers are initialized before they are loaded
         return SimpleNamespace(inception=nn.Sequential(ChannelMeans(), nn.Threshold(-1e9, float(bias))))
 
-    monkeypatch.setattr("dp2vae_fast.vae.evaluate.FrechetInceptionDistance", metric)
+    monkeypatch.setattr("dp2vae_fast.vae.fid.FrechetInceptionDistance", metric)
     state, data = torch.get_rng_state(), colour_data()
     network = load_feature_network(f"inception:{tmp_path / 'weights.pth'}", data)
     assert (network.name, network.features) == ("inception v3 weights.pth", 3)
