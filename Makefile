@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/dp2vae train --recipe digits --out runs/digits
 
 test: setup
-	$(PYTEST) -n 2 tests
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 tests
 
 lint: setup
 	$(BIN)/ruff check $(PYTHON_ROOMS)

@@ -1,0 +1,79 @@
+"""Trainer: every variant of the model trains through both stages, and both engines train alike."""
+
+import pytest
+import small
+import torch
+
+from dp2vae_fast import Trainer
+from dp2vae_fast.config import Config, ConfigError
+from dp2vae_fast.vae.data import DataError, make_image_data
+
+
+def flat(decoder):
+    return torch.cat([p.detach().flatten() for p in decoder.parameters()])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"iwae_samples": 3},
+        {"conditional": False},
+        {"likelihood": "gaussian", "optimizer": "sgd", "momentum": 0.9},
+        {"optimizer": "adamw", "weight_decay": 0.1, "ema_decay": 0.9},
+        {"encoder": "dp", "conditional": False, "iwae_samples": 2},
+        {"encoder": "private", "likelihood": "gaussian", "beta": 0.2},
+        {"warm_start_steps": 0, "image_size": 16, "preset": "conv28", "width": 8},
+    ],
+    ids=lambda s: " ".join(f"{k}={v}" for k, v in s.items()),
+)
+@pytest.mark.filterwarnings("ignore:encoder = private:UserWarning")
+def test_variants_train_and_sample(settings):
+    heard = []
+    source = None if "image_size" in settings else small.digits()
+    run = Trainer(source, config=small.config(**settings), observer=heard.append).fit()
+    images = run.decoder.sample(4)
+    assert images.isfinite().all() and 0 <= images.min() and images.max() <= 1
+    assert run.report["mechanisms"][-1]["steps"] == 6
+    steps = [h for h in heard if h.stage == "DP-SGD"]
+    assert [h.step for h in steps] == list(range(1, 7)) and steps[-1].epsilon == pytest.approx(
+        run.report["epsilon"] or steps[-1].epsilon
+    )
+    assert len(run.history) == sum(h.stage.startswith("DP-SGD") for h in heard)
+    assert run.report["clipping"]["records"] == f"one unit each, {settings.get('iwae_samples', 1)} row(s) a record"
+
+
+@pytest.mark.parametrize("encoder", ["linear", "dp"])
+def test_the_reference_engine_trains_the_same_decoder_with_noise(encoder):
+    fused, opacus = (
+        Trainer(small.digits(), config=small.config(encoder=encoder, engine=engine, optimizer="sgd")).fit()
+        for engine in ("fused", "opacus")
+    )
+    start = Trainer(small.digits(), config=small.config(encoder=encoder, optimizer="sgd", learning_rate=1e-12)).fit()
+    moved = (flat(fused.decoder) - flat(start.decoder)).norm()
+    assert moved > 0 and (flat(fused.decoder) - flat(opacus.decoder)).norm() < 1e-3 * moved
+    assert fused.report["mechanisms"] == opacus.report["mechanisms"]
+    assert "as Opacus computes them" in opacus.report["arithmetic"]["norms"]
+
+
+def test_the_same_seed_gives_the_same_decoder_another_one_does_not():
+    first, second, other = (Trainer(small.digits(), config=small.config(seed=seed)).fit() for seed in (1, 1, 2))
+    assert torch.equal(flat(first.decoder), flat(second.decoder))
+    assert not torch.equal(flat(first.decoder), flat(other.decoder))
+
+
+def test_settings_are_named_once():
+    with pytest.raises(ConfigError, match="name a recipe"):
+        Trainer(small.digits())
+    with pytest.raises(ConfigError, match=r"dataclasses\.replace"):
+        Trainer(small.digits(), config=Config(), steps=3)
+    assert Trainer(recipe="digits", steps=7).config.privacy.steps == 7
+    assert Trainer("photos", recipe="images64").config.data.data == "photos"
+
+
+def test_unlabelled_records_cannot_be_conditioned_on():
+    unlabelled = make_image_data(small.digits().images, name="mine")
+    with pytest.raises(DataError, match="has no labels"):
+        Trainer(unlabelled, config=small.config()).fit()
+    run = Trainer(unlabelled, config=small.config(conditional=False)).fit()
+    metrics = run.evaluate(samples=64)
+    assert metrics["cnn_accuracy_synthetic"] is None and metrics["missing"]
