@@ -22,8 +22,7 @@ $(BUILT): $(READY) setup.py pyproject.toml $(NATIVE)
 	touch $@
 
 demo: setup
-	rm -rf runs/digits
-	$(BIN)/dp2vae train --recipe digits --out runs/digits
+	$(BIN)/dp2vae train --recipe digits --out runs/digits --resume
 
 test: setup
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 tests
