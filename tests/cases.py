@@ -81,6 +81,34 @@ def _conv_cases() -> list[LayerCase]:
         cases.append(
             LayerCase(f"conv2d {mode}", lambda m=mode: nn.Conv2d(3, 4, 3, padding=2, padding_mode=m), (3, 6, 5))
         )
+    cases += [
+        LayerCase("conv1d circular", lambda: nn.Conv1d(3, 4, 3, stride=2, padding=2, padding_mode="circular"), (3, 7)),
+        LayerCase("conv3d replicate", lambda: nn.Conv3d(2, 3, 2, padding=1, padding_mode="replicate"), (2, 3, 4, 3)),
+        LayerCase(
+            "conv2d per axis",
+            lambda: nn.Conv2d(4, 2, (3, 2), stride=(1, 3), padding=(2, 0), dilation=(2, 1), groups=2),
+            (4, 6, 8),
+        ),
+        LayerCase(
+            "conv2d per axis reflect",
+            lambda: nn.Conv2d(2, 3, (2, 3), stride=(2, 1), padding=(1, 3), padding_mode="reflect"),
+            (2, 5, 6),
+        ),
+        LayerCase(
+            "convT2d per axis",
+            lambda: nn.ConvTranspose2d(
+                4, 6, (2, 4), stride=(3, 2), padding=(0, 3), dilation=(2, 1), output_padding=(1, 0), groups=2
+            ),
+            (4, 3, 5),
+        ),
+        LayerCase("convT1d one position", lambda: nn.ConvTranspose1d(3, 4, 5), (3, 1)),
+        LayerCase("convT2d decoder", lambda: nn.ConvTranspose2d(6, 4, 4, stride=2, padding=1), (6, 4, 4)),
+        LayerCase(
+            "convT3d dilated output padding",
+            lambda: nn.ConvTranspose3d(2, 2, 2, dilation=2, output_padding=1),
+            (2, 2, 3, 2),
+        ),
+    ]
     cases.append(LayerCase("conv2d same", lambda: nn.Conv2d(3, 4, (4, 3), padding="same", dilation=(1, 2)), (3, 7, 8)))
     cases.append(
         LayerCase("conv1d same reflect", lambda: nn.Conv1d(3, 4, 4, padding="same", padding_mode="reflect"), (3, 9))
@@ -96,14 +124,18 @@ LAYER_CASES = [
     LayerCase("linear no bias", lambda: nn.Linear(7, 5, bias=False), (7,)),
     LayerCase("linear sequence", lambda: nn.Linear(6, 4), (11, 6)),
     LayerCase("linear 4-d", lambda: nn.Linear(5, 3), (2, 3, 5)),
+    LayerCase("linear one position", lambda: nn.Linear(6, 4), (1, 6)),
     LayerCase("linear one feature", lambda: nn.Linear(1, 1), (17, 1)),
     *_conv_cases(),
     LayerCase("group norm", lambda: nn.GroupNorm(3, 6), (6, 5, 4)),
     LayerCase("group norm flat", lambda: nn.GroupNorm(2, 6), (6,)),
+    LayerCase("group norm 3d", lambda: nn.GroupNorm(1, 4, eps=1e-2), (4, 2, 3, 2)),
+    LayerCase("group norm each channel", lambda: nn.GroupNorm(4, 4), (4, 7)),
     LayerCase("layer norm", lambda: nn.LayerNorm(6), (5, 6)),
     LayerCase("layer norm two axes", lambda: nn.LayerNorm((4, 5)), (3, 4, 5)),
     LayerCase("layer norm no bias", lambda: nn.LayerNorm(6, bias=False), (6,)),
     LayerCase("rms norm", lambda: nn.RMSNorm(6), (5, 6)),
+    LayerCase("rms norm one position", lambda: nn.RMSNorm(6, eps=None), (6,)),
     LayerCase("rms norm two axes", lambda: nn.RMSNorm((4, 5), eps=1e-3), (4, 5)),
     LayerCase("instance norm 1d", lambda: nn.InstanceNorm1d(4, affine=True), (4, 6)),
     LayerCase("instance norm 2d", lambda: nn.InstanceNorm2d(4, affine=True), (4, 6, 5)),
@@ -111,6 +143,7 @@ LAYER_CASES = [
     LayerCase("embedding", lambda: nn.Embedding(4, 3), (9,), entries=4),
     LayerCase("embedding padded", lambda: nn.Embedding(5, 3, padding_idx=2), (3, 4), entries=5),
     LayerCase("embedding one index", lambda: nn.Embedding(5, 3), (), entries=5),
+    LayerCase("embedding 3-d", lambda: nn.Embedding(3, 2, padding_idx=-1), (2, 3, 2), entries=3),
     LayerCase("prelu (no rule)", lambda: nn.PReLU(4), (4, 5)),
     LayerCase("bare parameters (no rule)", lambda: BareScale(6), (6,)),
 ]

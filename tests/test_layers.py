@@ -108,6 +108,30 @@ def test_empty_and_single_record_batches(case: LayerCase, records: int):
 
 
 @pytest.mark.parametrize("case", LAYER_CASES, ids=lambda c: c.name)
+def test_each_parameter_may_be_the_only_one_that_is_trained(case: LayerCase):
+    model, inputs = build(case, torch.float64), case.inputs(3, torch.float64)
+    want = grads_one_by_one(model, inputs)
+    for name, parameter in model.named_parameters():
+        model.requires_grad_(False)
+        parameter.requires_grad_(True)
+        (gradient,) = captured(model, inputs).values()
+        assert gradient is not None
+        assert relative(gradient.grad_sample(), want[name]) < DOUBLE
+        assert relative(gradient.norm_sq()[0], want[name].flatten(1).square().sum(1)) < DOUBLE
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Embedding(6, 4), nn.LayerNorm(4), nn.RMSNorm(4)], ids=repr)
+def test_a_layer_that_is_used_at_no_position_has_no_gradient(layer: nn.Module):
+    empty = torch.zeros(5, 0, dtype=torch.int64) if isinstance(layer, nn.Embedding) else torch.zeros(5, 0, 4)
+    for name, gradient in captured(layer, empty).items():
+        assert gradient is not None and gradient.records == 5
+        assert bool((gradient.norm_sq()[0] == 0).all())
+        weighted = gradient.weighted_sum(torch.ones(5))
+        assert torch.equal(weighted, torch.zeros_like(layer.get_parameter(name)))
+        assert gradient.grad_sample().shape == (5, *weighted.shape)
+
+
+@pytest.mark.parametrize("case", LAYER_CASES, ids=lambda c: c.name)
 def test_rows_of_one_record_fold_into_it(case: LayerCase):
     """Two consecutive rows a record: the gradient is that of their summed loss."""
     model, inputs = build(case, torch.float64), case.inputs(6, torch.float64)
@@ -199,6 +223,23 @@ def test_the_fallback_refuses_a_layer_that_mixes_records():
 
     with pytest.raises(NotImplementedError, match=r"independently|record by record"):
         captured(nn.Sequential(Mixing(6)).double(), torch.randn(4, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("first", ["one record", "not finite", "no gradient"])
+def test_a_first_batch_that_shows_nothing_verifies_nothing(first: str):
+    class Mixing(BareScale):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean(0))
+
+    model, inputs = nn.Sequential(Mixing(6)).double(), torch.randn(4, 6, dtype=torch.float64)
+    capture = Capture(model)
+    blind = inputs[:1] if first == "one record" else inputs.clone()
+    if first == "not finite":
+        blind[0] = float("nan")
+    (record_loss(model(blind)).sum() * (0 if first == "no gradient" else 1)).backward()
+    capture.clear()
+    with pytest.raises(NotImplementedError, match="independently"):
+        record_loss(model(inputs)).sum().backward()
 
 
 def test_embedding_options_that_mix_records_are_refused():

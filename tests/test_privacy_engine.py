@@ -363,6 +363,33 @@ def test_one_pass_update_equals_the_inner_optimizer(name: str):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["momentum", "adam", "amsgrad"])
+def test_one_pass_update_follows_frozen_and_unfrozen_parameters(name: str):
+    """Several groups, one parameter never trained, a layer that joins later: the two roads agree."""
+    models = [small_model(), small_model()]
+    for model, materialize in zip(models, (False, True), strict=True):
+        model[0].requires_grad_(False)
+        model[2].weight.requires_grad_(False)
+
+        def grouped(_, model: nn.Module = model):
+            inner = OPTIMIZERS[name](model[:3].parameters())
+            inner.add_param_group({"params": list(model[3:].parameters()), "lr": 0.03})
+            return inner
+
+        engine = PrivacyEngine(keystream=Keystream.seeded(2))
+        private, optimizer = privatize(
+            model, grouped, noise_multiplier=0.8, materialize_grad=materialize, engine=engine
+        )
+        for i in range(6):
+            if i == 3:
+                model[0].requires_grad_(True)
+            record_loss(private(inputs(7, seed=i))).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_hooks_on_the_inner_step_are_called():
     model = small_model()
     inner = torch.optim.Adam(model.parameters())
@@ -382,6 +409,44 @@ def test_learning_rate_schedules_apply():
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("setting", [{"noise_multiplier": v} for v in (-1.0, float("nan"), float("inf"))])
+@pytest.mark.parametrize("materialize", [False, True])
+def test_a_noise_multiplier_that_is_none_is_refused_at_any_time(setting: dict, materialize: bool):
+    with pytest.raises(ValueError, match="noise_multiplier"):
+        privatize(small_model(), OPTIMIZERS["sgd"], materialize_grad=materialize, **setting)
+    engine = PrivacyEngine()
+    _, optimizer = privatize(small_model(), OPTIMIZERS["sgd"], materialize_grad=materialize, engine=engine)
+    optimizer.noise_multiplier = setting["noise_multiplier"]
+    with pytest.raises(ValueError, match="noise_multiplier"):
+        optimizer.step()
+    assert engine.accountant.history == []
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_bound_that_is_none_is_refused(bound: float):
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        privatize(small_model(), OPTIMIZERS["sgd"], max_grad_norm=bound)
+
+
+def test_layers_of_two_precisions():
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.narrow, self.wide = nn.Linear(6, 5), nn.Linear(5, 2).to(D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.wide(self.narrow(x).to(D))
+
+    private, optimizer = privatize(Mixed(), OPTIMIZERS["adam"], max_grad_norm=0.3, noise_multiplier=1.0)
+    for seed in range(20):
+        record_loss(private(inputs(1, torch.float32, seed=seed))).sum().backward()
+        optimizer.clip_and_accumulate()
+        moved = torch.stack([s.double().norm() for s in optimizer._pending_sums()]).norm()
+        assert 0.29 < float(moved) <= 0.3
+        optimizer.zero_grad()
+    optimizer.step()
 
 
 # Physical batches ------------------------------------------------------------------------------------
@@ -457,6 +522,101 @@ def test_accumulation_is_refused_under_poisson_sampling_and_adds_otherwise():
     optimizer.step()
     for p, old, total in zip(model.parameters(), before, want, strict=True):
         torch.testing.assert_close(old - p, total, rtol=1e-4, atol=1e-6)
+
+
+def test_two_draws_in_one_step_are_refused_for_a_loop_of_ones_own():
+    """A record may be in both, so the bound would be twice that of one."""
+    private, _ = privatize(small_model(), OPTIMIZERS["sgd"])
+    record_loss(private(inputs(3))).sum().backward()
+    with pytest.raises(ValueError, match=r"optimizer\.step"):
+        private(inputs(3, seed=1))
+
+
+def test_noise_covers_a_bound_lowered_between_physical_batches():
+    private, optimizer = privatize(small_model(), OPTIMIZERS["sgd"], max_grad_norm=1.0)
+    optimizer.signal_skip_step(do_skip=True)
+    record_loss(100 * private(inputs(1))).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.max_grad_norm = 0.1
+    optimizer.signal_skip_step(do_skip=False)
+    moved = torch.stack([s.norm() for s in optimizer._pending_sums()]).norm()
+    assert 0.9 < float(moved) <= optimizer.sensitivity() == 1.0
+    optimizer.step()
+    assert optimizer.sensitivity() == 0.1
+
+
+def test_gradients_from_before_are_forgotten():
+    """A frozen parameter would be moved by the un-noised gradient that its pre-training left behind."""
+    model = small_model()
+    record_loss(model(inputs(4))).sum().backward()
+    first = model[0].requires_grad_(False)
+    before = first.weight.detach().clone()
+    _, optimizer = privatize(model, OPTIMIZERS["rmsprop (no fused update)"], noise_multiplier=1.0)
+    optimizer.step()
+    assert torch.equal(first.weight, before)
+
+
+def test_trainable_parameters_that_no_optimizer_holds_are_named():
+    model = small_model()
+    private, optimizer = PrivacyEngine().privatize(
+        model,
+        torch.optim.SGD(model[4].parameters(), lr=0.1),
+        noise_multiplier=0.0,
+        max_grad_norm=1.0,
+        sample_rate=0.1,
+        expected_batch_size=8,
+    )
+    record_loss(private(inputs(3))).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"'0\.weight'.*freeze them"):
+        private(inputs(3))
+
+
+def test_a_private_model_can_be_copied():
+    private, _ = privatize(small_model(), OPTIMIZERS["sgd"])
+    twin = copy.deepcopy(private).eval()
+    assert torch.equal(twin(inputs(3)), private(inputs(3)))
+
+
+def test_a_copy_does_not_speak_for_the_original():
+    """Cleaning or resetting the copy, as of a moving average of the weights, must not touch what is trained."""
+    private, optimizer = privatize(small_model(), lambda p: torch.optim.SGD(p, lr=1.0))
+    record_loss(private(inputs(4))).sum().backward()
+    twin = copy.deepcopy(private)
+    with pytest.raises(ValueError, match="copy of a private"):
+        privatize(twin, OPTIMIZERS["sgd"])
+    twin.zero_grad()
+    plain = twin.to_standard_module()
+    before = [p.detach().clone() for p in private.parameters()]
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, private.parameters(), strict=True))
+    privatize(plain, OPTIMIZERS["sgd"])
+
+
+def test_a_wrapped_module_may_be_handed_on():
+    """To another engine and with another optimizer, which takes over all that the first one had."""
+    private, first = privatize(small_model(), OPTIMIZERS["sgd"])
+    again, second = privatize(private, lambda p: torch.optim.SGD(p, lr=1.0), max_grad_norm=0.5)
+    assert again is private
+    again.allow_grad_accumulation()
+    want = clipped_sum(small_model(), torch.cat([inputs(3), inputs(4, seed=1)]), 0.5)
+    before = [p.detach().clone() for p in private.parameters()]
+    for batch in (inputs(3), inputs(4, seed=1)):
+        record_loss(again(batch)).sum().backward()
+    second.step()
+    assert not first._sums
+    for p, old, total in zip(private.parameters(), before, want, strict=True):
+        torch.testing.assert_close(old - p, total, rtol=1e-9, atol=1e-13)
+
+
+def test_a_module_is_made_private_once():
+    model = small_model()
+    private, _ = privatize(model, OPTIMIZERS["sgd"])
+    with pytest.raises(ValueError, match="private already"):
+        privatize(model, OPTIMIZERS["sgd"])
+    private.cleanup()
+    privatize(model, OPTIMIZERS["sgd"])
 
 
 # Against Opacus --------------------------------------------------------------------------------------

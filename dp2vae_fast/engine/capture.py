@@ -5,23 +5,40 @@ input gradients only. An identity node on the layer's output (:class:`_Tap`) hol
 backward pass, hands it on together with the output gradient. The layer's rule turns the pair into a per-sample
 :class:`~.gradients.Gradient`, and :class:`Capture` keeps the book: parameter -> its gradients, one entry a use.
 
-A parameter that is used anywhere else than in its own layer's forward still receives an ordinary gradient from
-autograd. That gradient would be neither clipped nor noised, so its arrival raises.
+What the taps cannot see must not pass in silence:
+
+* a parameter used anywhere else than in its own layer's forward receives an ordinary gradient from autograd, neither
+  clipped nor noised: its arrival raises;
+* a layer without a rule keeps parameters that autograd differentiates, and the two totals must agree;
+* the rows of every layer are counted against the inputs of the outermost call, so that positions or copies folded
+  into the batch axis are not taken for records of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import fallback
 from .gradients import Gradient, Kept, add
 from .layers import LayerRule, find_rule, is_cross_record
 from .plan import Plan
+
+
+def full_precision(tensors: Iterable[Tensor]) -> ExitStack:
+    """Context without autocast on the devices of ``tensors``: norms and sums keep float32 wherever the user's loop
+    stands."""
+    stack = ExitStack()
+    for kind in {x.device.type for x in tensors}:
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
 
 
 class _Tap(torch.autograd.Function):
@@ -38,7 +55,8 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *backprops: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = ctx.saved_tensors
-        ctx.report(saved, backprops)
+        with full_precision(backprops):
+            ctx.report(saved, backprops)
         return (None, None, None, *backprops, *(None for _ in saved))
 
 
@@ -51,8 +69,13 @@ class Capture:
         rows_per_record: consecutive rows of the batch that belong to one record (K samples of a latent, augmentations).
         plan: decides per parameter whether its gradients are formed and kept.
 
+    Row i of every layer must be of record ``i // rows_per_record``, and the loss a sum or mean over records. A model
+    that reorders its rows, a layer whose input has no batch axis but happens to be as long as the batch, and a loss
+    that compares records look the same to the hooks as one that does not.
+
     Raises:
         NotImplementedError: a layer in training mode mixes records (batch normalisation, running statistics).
+        ValueError: the module's gradients are captured already.
     """
 
     def __init__(
@@ -68,29 +91,53 @@ class Capture:
         self.set_rows_per_record(rows_per_record)
         self.plan = plan or Plan()
         self.grad_accumulation_allowed = True
-        self.before_next_batch: list[Callable[[], None]] = []
+        self.owners: dict[Tensor, Callable[[], None]] = {}  # parameter -> takes its gradients before the next batch
         self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         self._book: dict[Tensor, list[Gradient]] = {}
         self._records: int | None = None
+        self._held: list[tuple[str, Tensor, int]] = []  # what the book's gradients are made from, and its version
         self._swapped: dict[nn.Module, dict[str, Tensor]] = {}
-        self._verified: set[nn.Module] = set()
+        self._guarded: set[Tensor] = set()
+        self._outermost: nn.Module | None = None
+        self._sizes: set[int] = set()
         self._suspended = False
         self._anchor = torch.zeros((), requires_grad=True)
+        self._anchor_node = torch.autograd.graph.get_gradient_edge(self._anchor).node
+        self._layers = set(module.modules())
         self._handles: list[Any] = []
+        for layer in self._layers:
+            hooks = (getattr(hook, "func", hook) for hook in layer._forward_pre_hooks.values())
+            owners = (getattr(hook, "__self__", None) for hook in hooks)
+            if any(isinstance(owner, Capture) and layer in owner._layers for owner in owners):
+                raise ValueError("the module is private already: call cleanup() on what make_private returned for it")
         for name, layer in module.named_modules():
+            if next(layer.buffers(recurse=False), None) is not None:
+                self._handles += self._watch_buffers(name, layer)
             if reason := is_cross_record(layer):
                 refuse = self._refuse_in_training(f"layer {name!r} ({type(layer).__name__}) {reason}")
                 refuse(layer, ())
                 self._handles.append(layer.register_forward_pre_hook(refuse))
-            if next(layer.parameters(recurse=False), None) is not None:
+            if layer is module or next(layer.children(), None) is not None:
+                self._handles += [
+                    layer.register_forward_pre_hook(self._open, with_kwargs=True),
+                    layer.register_forward_hook(self._close, always_call=True),
+                ]
+            inner = {p for child in layer.children() for p in child.parameters()}  # what is theirs is used there
+            if own := [key for key, p in layer.named_parameters(recurse=False) if p not in inner]:
                 rule = find_rule(layer)
                 self._handles += [
-                    layer.register_forward_pre_hook(self._enter, with_kwargs=True),
-                    layer.register_forward_hook(self._leave(name, rule), with_kwargs=True, always_call=True),
+                    layer.register_forward_pre_hook(partial(self._enter, name, own, rule is None)),
+                    # First of all hooks: the output as the layer made it, before another hook changes it.
+                    layer.register_forward_hook(
+                        self._leave(name, rule), prepend=True, with_kwargs=True, always_call=True
+                    ),
                 ]
-        for parameter in self._names:
-            if parameter.requires_grad:
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._refuse_unseen_use))
+        self._guard(self._names)
+
+    @property
+    def attached(self) -> bool:
+        """False once the hooks are off the module."""
+        return bool(self._handles)
 
     def set_rows_per_record(self, rows: int) -> None:
         """Rows of the batch that belong to one record, from the next forward on."""
@@ -106,18 +153,35 @@ class Capture:
         return self._records
 
     def take(self, parameters: Sequence[Tensor]) -> list[Gradient | None]:
-        """Remove and return the gradients of ``parameters``; None for one that no record used."""
-        found = [self._book.pop(p, None) for p in parameters]
-        if not self._book:
-            self._records = None
+        """Remove and return the gradients of ``parameters``; None for one that no record used.
+
+        Raises:
+            RuntimeError: what they are made from has been overwritten since the backward pass.
+        """
+        changed = [name for name, tensor, version in self._held if tensor._version != version]
+        found = self.drop(parameters)
+        if changed and any(found):
+            raise RuntimeError(
+                f"the input of layer {changed[0]!r} was modified in place between the backward pass and the step: "
+                "step first"
+            )
         return [
-            None if uses is None else self.plan.realize(self._names[p], add(uses))
+            None if uses is None else self.plan.realize(self._names.get(p, "?"), add(uses))
             for p, uses in zip(parameters, found, strict=True)
         ]
+
+    def drop(self, parameters: Sequence[Tensor]) -> list[list[Gradient] | None]:
+        """Remove the gradients of ``parameters``, whatever has become of what they are made from."""
+        self._guard(parameters)
+        found = [self._book.pop(p, None) for p in parameters]
+        if not self._book:
+            self.clear()
+        return found
 
     def clear(self) -> None:
         """Forget what was captured."""
         self._book.clear()
+        self._held.clear()
         self._records = None
 
     def remove(self) -> None:
@@ -125,7 +189,12 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._layers.clear()
         self.clear()
+
+    def __deepcopy__(self, memo: dict) -> Capture:
+        """The same: the copy of a captured module carries its hooks, which pass over layers that are not their own."""
+        return self
 
     # The hooks ---------------------------------------------------------------------------------------------------
 
@@ -137,26 +206,92 @@ class Capture:
 
         return hook
 
-    def _enter(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before a layer's forward: put detached tensors in place of its trainable parameters."""
-        if self._suspended or not torch.is_grad_enabled() or not layer.training:
-            return
-        # A forward outside any backward pass, after one: these are new records. (Inside one it is a checkpoint's
-        # recomputation.)
-        if self._records is not None and torch._C._current_graph_task_id() == -1:
-            for callback in self.before_next_batch:
-                callback()
-            if self._records is not None:
-                raise RuntimeError(
-                    "a second batch began before the first one's gradients were taken: "
-                    "call optimizer.step() or zero_grad()"
+    def _watch_buffers(self, name: str, layer: nn.Module) -> list[Any]:
+        """Hooks that refuse a training forward which changes the layer's own buffers: what they remember of the
+        records would be released without noise."""
+        before: dict[str, tuple[Tensor, int]] = {}
+
+        def note(layer: nn.Module, args: tuple) -> None:
+            before.clear()
+            if layer.training and not self._suspended:
+                before.update(
+                    {
+                        key: (b, b._version)
+                        for key, b in layer._buffers.items()
+                        if b is not None and not b.is_inference()  # whose version nobody counts
+                    }
                 )
+
+        def compare(layer: nn.Module, args: tuple, output: Any) -> None:
+            for key, (buffer, version) in before.items():
+                if layer._buffers.get(key) is not buffer or buffer._version != version:
+                    raise NotImplementedError(
+                        f"layer {name!r} ({type(layer).__name__}) updates its buffer {key!r} in training mode: what it "
+                        "remembers of the records would be released without noise. Put the layer in eval mode"
+                    )
+
+        return [layer.register_forward_pre_hook(note), layer.register_forward_hook(compare)]
+
+    def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before the root's or a container's forward: note the batch sizes of the outermost call."""
+        if self._suspended or module not in self._layers:
+            return
+        if self._outermost in (None, module):  # the same again: its last forward was interrupted
+            axis = 0 if self.batch_first else 1
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            self._outermost, self._sizes = module, {x.shape[axis] for x in tensors if x.dim() > axis}
+
+    def _close(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._outermost is module and not self._suspended:
+            self._outermost = None
+
+    def _check_rows(self, name: str, outputs: list[Tensor]) -> None:
+        """The rows of a layer's outputs must be those of the outermost call's inputs."""
+        axis = 0 if self.batch_first else 1
+        rows = {x.shape[axis] if x.dim() > axis else None for x in outputs}
+        possible = {size * factor for size in self._sizes for factor in (1, self.rows_per_record)}
+        if len(rows) != 1 or None in rows or (self._outermost is not None and possible and not rows & possible):
+            raise ValueError(
+                f"layer {name!r} returns {', '.join(str(tuple(x.shape)) for x in outputs)} in a call on "
+                f"{sorted(self._sizes)} rows: every layer must have the batch as its {'second' if axis else 'first'} "
+                f"axis, with rows_per_record = {self.rows_per_record} rows a record"
+            )
+
+    def _enter(self, name: str, own: list[str], differentiate: bool, layer: nn.Module, args: tuple) -> None:
+        """Before a layer's forward: put stand-ins in place of its trainable parameters.
+
+        They are detached, so that autograd forms no weight gradient; those of a layer without a rule it does
+        differentiate, for :meth:`_compare`.
+        """
+        if self._suspended or layer not in self._layers or not torch.is_grad_enabled() or not layer.training:
+            return
+        self._begin_batch()
+        if layer in self._swapped:  # its last forward was interrupted, or is still running: it calls itself
+            for key in self._swapped[layer]:  # what that forward made of them is in no tap
+                if (leaf := layer._parameters[key]) is not None and leaf.requires_grad:
+                    leaf.register_post_accumulate_grad_hook(partial(self._compare, name, key, {}))
+            layer._parameters.update(self._swapped.pop(layer))  # type: ignore[arg-type]
         trainable: dict[str, Tensor] = {
-            name: p for name, p in layer._parameters.items() if p is not None and p.requires_grad
+            key: p for key in own if (p := layer._parameters.get(key)) is not None and p.requires_grad
         }
         if trainable:
             self._swapped[layer] = trainable
-            layer._parameters.update({name: p.detach() for name, p in trainable.items()})  # type: ignore[misc]
+            stand_ins = {key: p.detach().requires_grad_(differentiate) for key, p in trainable.items()}
+            layer._parameters.update(stand_ins)  # type: ignore[arg-type]
+
+    def _begin_batch(self) -> None:
+        """Where gradients of another batch are in the book, see that they are taken."""
+        # A forward outside any backward pass, after one: these are new records. (Inside one it is a checkpoint's
+        # recomputation.)
+        if self._records is not None and torch._C._current_graph_task_id() == -1:
+            for close_batch in {self.owners[p] for p in self._book if p in self.owners}:
+                close_batch()
+            if self._records is not None:
+                names = ", ".join(repr(self._names.get(p, "?")) for p in self._book)
+                raise RuntimeError(
+                    f"a second batch began before the first one's gradients were taken (of {names}): call step() or "
+                    "zero_grad() of the optimizer that holds these parameters, or freeze them where none does"
+                )
 
     def _leave(self, name: str, rule: LayerRule | None) -> Callable:
         """After a layer's forward: put the parameters back and tap the output. Runs after an exception too."""
@@ -165,24 +300,62 @@ class Capture:
             trainable = self._swapped.pop(layer, None)
             if trainable is None:
                 return None
+            stand_ins: dict[str, Any] = {key: layer._parameters[key] for key in trainable}
             layer._parameters.update(trainable)  # type: ignore[arg-type]
             if output is None:
                 return None
+            totals: dict[str, tuple[Tensor, float]] = {}
+            for key, leaf in stand_ins.items():
+                if leaf.requires_grad:
+                    leaf.register_post_accumulate_grad_hook(partial(self._compare, name, key, totals))
             inputs, call_structure = tree_flatten((args, kwargs))
             outputs, output_structure = tree_flatten(output)
             is_tensor = [isinstance(x, Tensor) for x in inputs]
+            if not any(is_tensor):
+                raise NotImplementedError(
+                    f"layer {name!r} ({type(layer).__name__}) owns trainable parameters and is called without a tensor "
+                    "(a parametrization, a learned prior): they have no per-sample gradient. Pass it a tensor with the "
+                    "batch as its first axis, or freeze its parameters"
+                )
+            opaque = [x for x in outputs if not isinstance(x, Tensor | int | float | str | None)]
+            opaque += [x for x in outputs if isinstance(x, Tensor) and x.is_complex()]
+            if opaque:
+                raise NotImplementedError(
+                    f"layer {name!r} ({type(layer).__name__}) owns trainable parameters and returns a "
+                    f"{type(opaque[0]).__name__}: return real tensors, or tuples, lists or dicts of them, or move its "
+                    "parameters into a layer of their own"
+                )
             tapped = [i for i, x in enumerate(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
             if not tapped:
                 return None
+            self._check_rows(name, [outputs[i] for i in tapped])
             constants = [None if t else x for x, t in zip(inputs, is_tensor, strict=True)]
+            device = outputs[tapped[0]].device
+            precision = partial(
+                torch.autocast,
+                device.type,
+                dtype=torch.get_autocast_dtype(device.type),
+                enabled=torch.is_autocast_enabled(device.type),
+                cache_enabled=False,
+            )
 
             def report(saved: tuple[Tensor, ...], backprops: tuple[Tensor, ...]) -> None:
+                if torch.is_grad_enabled():
+                    raise NotImplementedError(
+                        "create_graph=True (a gradient penalty) needs second derivatives, which have no per-sample "
+                        "gradient: call the model in eval mode with its parameters frozen, or leave the penalty out"
+                    )
+                # torch.autograd.grad with respect to an input passes through here too, and means no parameter.
+                if not torch._C._will_engine_execute_node(self._anchor_node):
+                    return
                 rows = iter(saved)
                 leaves = [next(rows).detach() if t else x for x, t in zip(constants, is_tensor, strict=True)]
-                self._record(name, layer, rule, trainable, tree_unflatten(leaves, call_structure), list(backprops))
+                call = tree_unflatten(leaves, call_structure)
+                again = partial(self._run_by_record, name, layer, call, list(backprops), precision, totals)
+                self._record(name, layer, rule or again, trainable, call, list(backprops))
 
             tensors = [x for x, t in zip(inputs, is_tensor, strict=True) if t]
-            anchor = self._anchor.to(outputs[tapped[0]].device)
+            anchor = self._anchor.to(device)
             for i, x in zip(
                 tapped,
                 _Tap.apply(report, len(tapped), anchor, *(outputs[i] for i in tapped), *tensors),
@@ -198,7 +371,7 @@ class Capture:
         self,
         name: str,
         layer: nn.Module,
-        rule: LayerRule | None,
+        rule: LayerRule,
         trainable: dict[str, Tensor],
         call: tuple[tuple, dict],
         backprops: list[Tensor],
@@ -223,38 +396,72 @@ class Capture:
         self._records = records
         if rows == 0:
             found = {key: Kept(p.new_zeros(0, *p.shape)) for key, p in trainable.items()}
-        elif rule is not None:
-            found = rule(layer, activations, backprops[0])
         else:
-            found = self._run_by_record(name, layer, call, backprops)
+            found = rule(layer, activations, backprops[0])
         for key, parameter in trainable.items():
+            if key not in found:
+                raise NotImplementedError(
+                    f"layer {name!r} ({type(layer).__name__}): its rule knows no parameter {key!r} (weight_norm?): "
+                    "remove the reparametrization, register a rule with register_layer_rule, or freeze it"
+                )
             gradient = found[key]
             gradient = Kept(gradient) if isinstance(gradient, Tensor) else gradient
+            if not isinstance(gradient, Kept):
+                self._held.append((name, activations, activations._version))
             if self.rows_per_record > 1 and rows:
                 gradient = gradient.fold(self.rows_per_record)
             self._book.setdefault(parameter, []).append(gradient)
 
     def _run_by_record(
-        self, name: str, layer: nn.Module, call: tuple[tuple, dict], backprops: list[Tensor]
+        self,
+        name: str,
+        layer: nn.Module,
+        call: tuple[tuple, dict],
+        backprops: list[Tensor],
+        precision: Callable[[], torch.autocast],
+        totals: dict[str, tuple[Tensor, float]],
+        *_: Any,
     ) -> dict[str, Tensor]:
+        """The rule of a layer that has none: run it again under the ``precision`` of its forward, and leave the
+        totals for :meth:`_compare`."""
         if not self.batch_first:
             raise NotImplementedError(
                 f"layer {name!r} ({type(layer).__name__}) has no per-sample rule: batch_first=False needs one"
             )
         self._suspended = True
         try:
-            found = fallback.grad_samples(layer, call, backprops, verify=layer not in self._verified)
+            with precision():
+                found = fallback.grad_samples(layer, call, backprops)
         except NotImplementedError as error:
             raise NotImplementedError(f"layer {name!r}: {error}") from error
         finally:
             self._suspended = False
-        self._verified.add(layer)
+        for key, samples in found.items():
+            totals[key] = (samples.sum(0), fallback.tolerance(samples, call, backprops))
         return found
+
+    def _compare(self, name: str, key: str, totals: dict[str, tuple[Tensor, float]], leaf: Tensor) -> None:
+        """Autograd's own gradient of a stand-in must be the total of the per-sample gradients found for it."""
+        total, leaf.grad = leaf.grad, None
+        found, tolerance = totals.pop(key, (torch.zeros_like(leaf), 0.0))
+        if total is not None and float((found - total).norm()) > tolerance:  # not so where they are NaN
+            raise NotImplementedError(
+                f"layer {name!r}: the per-sample gradients of parameter {key!r} do not add up to the batch's: the "
+                "layer does not treat records independently, or what it makes of the parameter is not in the tensors "
+                "that it returns. Register a rule with register_layer_rule, or freeze the parameter"
+            )
+
+    def _guard(self, parameters: Iterable[Tensor]) -> None:
+        """Refuse ordinary gradients of ``parameters``, such as were unfrozen since the last call included."""
+        for p in parameters:
+            if p.requires_grad and p not in self._guarded:
+                self._guarded.add(p)
+                self._handles.append(p.register_post_accumulate_grad_hook(self._refuse_unseen_use))
 
     def _refuse_unseen_use(self, parameter: Tensor) -> None:
         parameter.grad = None
         raise NotImplementedError(
-            f"parameter {self._names[parameter]!r} was used outside its own layer's forward (functional weight "
-            "tying, a penalty on weights, a layer in eval mode under gradients): such a use has no per-sample "
+            f"parameter {self._names.get(parameter, '?')!r} was used outside its own layer's forward (functional "
+            "weight tying, a penalty on weights, a layer in eval mode under gradients): such a use has no per-sample "
             "gradient. Call the layer itself, use the optimizer's weight_decay, or freeze the parameter"
         )

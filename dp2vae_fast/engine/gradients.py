@@ -58,7 +58,6 @@ class Gradient(Protocol):
 class Cost:
     """What the two roads of one parameter cost: counts a record, for comparison with each other."""
 
-    records: int
     numbers: int  # elements of one record's gradient
     form: int  # multiply-adds to form it, which is also what its share of the weighted sum takes
     gram: int  # multiply-adds of its norm by Gram matrices
@@ -102,7 +101,7 @@ class Kept:
 
     def cost(self) -> Cost:
         numbers = math.prod(self.values.shape[1:])
-        return Cost(self.records, numbers, form=0, gram=numbers)
+        return Cost(numbers, form=0, gram=numbers)
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class LinearProduct:
 
     def cost(self) -> Cost:
         (_, t, d), p = self.activations.shape, self.backprops.shape[2]
-        return Cost(self.records, d * p, form=t * d * p, gram=t * t * (d + p) if t > 1 else d + p)
+        return Cost(d * p, form=t * d * p, gram=t * t * (d + p) if t > 1 else d + p)
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ class ConvProduct:
         phases = math.prod(min(s, k) for s, k in zip(g.stride, g.weight_shape[2:], strict=True))
         numbers = math.prod(g.weight_shape)
         products = plain.shape[1] + phases * spread.shape[1] + _COMBINE * taps * g.groups
-        return Cost(self.records, numbers, form=positions * numbers, gram=positions**2 * products)
+        return Cost(numbers, form=positions * numbers, gram=positions**2 * products)
 
 
 @dataclass(frozen=True)
@@ -250,13 +249,13 @@ class EmbeddingProduct:
 
     def cost(self) -> Cost:
         (_, t, d) = self.backprops.shape
-        return Cost(self.records, self.entries * d, form=t * d, gram=t * t * d)
+        return Cost(self.entries * d, form=t * d, gram=t * t * d)
 
 
 def add(gradients: list[Gradient]) -> Gradient:
     """The gradient of a parameter that was used several times by the same records: the sum over its uses.
 
-    Uses by linear layers and embeddings simply have more positions; other kinds are formed and added.
+    Uses by linear layers simply have more positions; other kinds are formed and added.
     """
     first = gradients[0]
     if len(gradients) == 1:

@@ -55,8 +55,10 @@ def register_layer_rule(*layer_types: type[nn.Module]) -> Callable[[LayerRule], 
 
 
 def find_rule(layer: nn.Module) -> LayerRule | None:
-    """The rule for ``layer``: its own type's, or that of a base class whose computation the subclass leaves as it
-    is."""
+    """The rule for ``layer``: its own type's, or that of a base class whose computation the subclass, and the object
+    itself, leave as it is."""
+    if "forward" in vars(layer):
+        return None
     for layer_type in type(layer).__mro__:
         if layer_type in _RULES:
             return _RULES[layer_type]
@@ -79,6 +81,8 @@ def conv_rule(layer: Conv, activations: Tensor, backprops: Tensor) -> dict[str, 
     """Convolutions of one to three dimensions: stride, padding (``"same"`` and ``padding_mode`` too), dilation,
     groups."""
     dims = layer.weight.dim() - 2
+    if activations.dim() != dims + 2:
+        raise ValueError(f"{type(layer).__name__} was given {activations.dim()} axes: pass it a batch, [N, C, *]")
     padding = layer.padding
     sides = _explicit_padding(layer)
     if sides is not None:
@@ -88,14 +92,14 @@ def conv_rule(layer: Conv, activations: Tensor, backprops: Tensor) -> dict[str, 
         padding = 0
     elif isinstance(padding, str):  # "valid"
         padding = 0
+    shape, stride = tuple(layer.weight.shape), ops.per_dim(layer.stride, dims, "stride")
+    padding, dilation = ops.per_dim(padding, dims, "padding"), ops.per_dim(layer.dilation, dims, "dilation")
+    output_padding = [0] * dims
+    if layer.transposed:  # from the output, as forward(x, output_size) overrides the layer's own
+        sizes = zip(activations.shape[2:], backprops.shape[2:], shape[2:], stride, padding, dilation, strict=True)
+        output_padding = [o - ((i - 1) * s - 2 * p + d * (k - 1) + 1) for i, o, k, s, p, d in sizes]
     geometry = ConvGeometry(
-        tuple(layer.weight.shape),
-        tuple(ops.per_dim(layer.stride, dims, "stride")),
-        tuple(ops.per_dim(padding, dims, "padding")),
-        tuple(ops.per_dim(layer.dilation, dims, "dilation")),
-        tuple(ops.per_dim(layer.output_padding, dims, "output_padding")),
-        layer.groups,
-        layer.transposed,
+        shape, tuple(stride), tuple(padding), tuple(dilation), tuple(output_padding), layer.groups, layer.transposed
     )
     bias = ops.widen(backprops).flatten(2).sum(2)
     return {"weight": ConvProduct(activations, backprops, geometry), "bias": bias}

@@ -35,13 +35,19 @@ class FusedGradSampleHooks(AbstractGradSampleHooks):
                     delattr(parameter, attribute)
         self.capture = Capture(m, batch_first=self.batch_first)
 
+    @property
+    def is_copy(self) -> bool:
+        """True for a deep copy: an ordinary model, whose gradients nobody captures."""
+        return self.capture.module is not self._module
+
     def set_grad_sample_to_none(self) -> None:
         """Forget what was captured since the last step."""
-        self.capture.clear()
+        if not self.is_copy:
+            self.capture.clear()
 
     def del_grad_sample(self) -> None:
         """The same: there is no attribute to delete."""
-        self.capture.clear()
+        self.set_grad_sample_to_none()
 
     def forbid_grad_accumulation(self) -> None:
         """A second batch before a step raises."""
@@ -53,7 +59,8 @@ class FusedGradSampleHooks(AbstractGradSampleHooks):
 
     def remove_hooks(self) -> None:
         """Take the hooks off the model."""
-        self.capture.remove()
+        if not self.is_copy:
+            self.capture.remove()
 
 
 class FusedGradSampleModule(FusedGradSampleHooks, AbstractGradSampleModule):

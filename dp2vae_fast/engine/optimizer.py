@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import ops
-from .capture import Capture
+from .capture import Capture, full_precision
 from .clipping import FlatClipping
 from .keystream import Stream
 from .update import FusedUpdate
@@ -65,13 +66,16 @@ class DPOptimizer(OpacusDPOptimizer):
             expected_batch_size=expected_batch_size,
             loss_reduction=loss_reduction,
         )
+        optimizer.zero_grad(set_to_none=True)  # an un-noised gradient of before would still move a frozen parameter
         self.capture = capture
         self.stream = stream
         self.clipping = clipping or FlatClipping()
         self.update = None if materialize_grad else FusedUpdate.of(optimizer)
         self._sums: dict[Tensor, Tensor] = {}
         self._batches = 0
-        capture.before_next_batch.append(self._close_batch)
+        self._bound = 0.0
+        self._check_settings()
+        capture.owners.update(dict.fromkeys(self.params, self._close_batch))
 
     # What Opacus' loop, schedulers and memory manager call ----------------------------------------------------------
 
@@ -81,11 +85,19 @@ class DPOptimizer(OpacusDPOptimizer):
         return max(1, self._batches)
 
     def sensitivity(self) -> float:
-        """Bound of one record's contribution to the sum that the noise is added to (add or remove one record)."""
-        return self.clipping.sensitivity(self.max_grad_norm)
+        """Bound of one record's contribution to the sum that the noise is added to (add or remove one record).
+
+        While a sum is pending it is the largest bound that a part of it was clipped to, should a schedule lower
+        ``max_grad_norm`` between physical batches.
+        """
+        return max(self._bound, self.clipping.sensitivity(self.max_grad_norm))
 
     def clip_and_accumulate(self) -> None:
         """Clip the captured gradients and add them to the pending sum."""
+        with full_precision(self.params):
+            self._clip_and_accumulate()
+
+    def _clip_and_accumulate(self) -> None:
         records = self.capture.records
         gradients = self.capture.take(self.params)
         self._batches += 1
@@ -97,10 +109,24 @@ class DPOptimizer(OpacusDPOptimizer):
         dropped = factors == 0
         if bool(dropped.any()):  # 0 * inf is NaN: what is dropped must be zero before it is weighted
             used = [(p, g.without(dropped)) for p, g in used]
+        self._bound = self.sensitivity()
         for p, g in used:
             weighted = g.weighted_sum(factors)
             pending = self._sums.get(p)
             self._sums[p] = weighted if pending is None else pending.add_(weighted)
+
+    def begin_pass(self) -> bool:
+        """A new pass over the data begins. True if that cut a draw short between its physical batches.
+
+        The part of it that is pending is forgotten: with a later draw it would be one step on two draws, in both of
+        which a record may be.
+        """
+        cut_short = self._is_last_step_skipped or bool(self._step_skip_queue)
+        if cut_short:
+            self._step_skip_queue.clear()
+            self._is_last_step_skipped = False
+            self.zero_grad()
+        return cut_short
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Clip and accumulate; unless this step is to be skipped, put the private gradient in ``p.grad`` and count
@@ -109,8 +135,7 @@ class DPOptimizer(OpacusDPOptimizer):
             return False
         self.add_noise()
         self.scale_grad()
-        self._sums.clear()
-        self._batches = 0
+        self._forget_sums()
         return True
 
     @torch.no_grad()
@@ -129,15 +154,16 @@ class DPOptimizer(OpacusDPOptimizer):
                 std=self.noise_multiplier * self.sensitivity(),
                 scale=self._scale(),
             )
-            self._sums.clear()
-            self._batches = 0
+            self._forget_sums()
         return None
 
     def add_noise(self) -> None:
         """``p.grad = sum + noise``."""
         sums = self._pending_sums()
         if self.noise_multiplier > 0:
-            self.stream.add_noise_(sums, self.noise_multiplier * self.sensitivity())
+            every = [p for group in self.param_groups for p in group["params"]]
+            indices = [i for i, p in enumerate(every) if p.requires_grad]  # as the update in one pass numbers them
+            self.stream.add_noise_(sums, self.noise_multiplier * self.sensitivity(), indices)
         for p, total in zip(self.params, sums, strict=True):
             p.grad = total.to(p.dtype)
 
@@ -149,24 +175,38 @@ class DPOptimizer(OpacusDPOptimizer):
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Forget captured gradients; forget the pending sum too unless the last step was a skipped one."""
-        self.capture.take(self.params)
+        self.capture.drop(self.params)
         if not self._is_last_step_skipped:
-            self._sums.clear()
+            self._forget_sums()
         self._batches = 0
         self.original_optimizer.zero_grad(set_to_none)
 
     # ---------------------------------------------------------------------------------------------------------------
 
+    def _forget_sums(self) -> None:
+        self._sums.clear()
+        self._batches = 0
+        self._bound = 0.0
+
     def _begin_step(self) -> bool:
         """Close the physical batch. False if the step is to be skipped; otherwise the accountant has counted it."""
+        self._check_settings()
         self.clip_and_accumulate()
         if self._check_skip_next_step():
             self._is_last_step_skipped = True
+            self._batches = 0  # the rest of this batch is to come
             return False
         self._is_last_step_skipped = False
         if self.step_hook:
             self.step_hook(self)
         return True
+
+    def _check_settings(self) -> None:
+        """What a schedule may have set since the last step."""
+        if not 0.0 < self.max_grad_norm < math.inf:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}: it must be positive and finite")
+        if not 0.0 <= self.noise_multiplier < math.inf:
+            raise ValueError(f"noise_multiplier is {self.noise_multiplier}: it must be finite and not negative")
 
     def _scale(self) -> float:
         if self.loss_reduction == "sum" or self.expected_batch_size is None:

@@ -1,8 +1,9 @@
 """Which parameters' per-sample gradients are formed and kept, and which never exist.
 
-Both roads are exact; they differ in time and memory only. ``product`` takes the norm by Gram matrices and the
-weighted gradient by the vendor library afterwards; ``kept`` forms each record's gradient once, after which norm
-and weighted sum are reads.
+Both roads are exact; they differ in time, in memory and in how far the error bound of the norm lies above it. So the
+choice must not depend on how many records were drawn: one record more could change the factors of all the others.
+``product`` takes the norm by Gram matrices and the weighted gradient by the vendor library afterwards; ``kept`` forms
+each record's gradient once, after which norm and weighted sum are reads.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _KEPT_NUMBER = 60.0
 
 @dataclass(frozen=True)
 class Choice:
-    """One row of the plan's table. Costs are multiply-adds a record, for comparison with each other only."""
+    """One row of the plan's table, for one record. Costs are multiply-adds, for comparison with each other only."""
 
     parameter: str
     method: Method
@@ -37,12 +38,12 @@ class Plan:
 
     Args:
         forced: parameter name -> method, overriding the cost model.
-        max_kept_bytes: budget for the kept gradients of one parameter; above it a product is used. Gradients that
-            a rule forms anyway (biases, affine scales, the vmap fallback) are not counted.
+        max_kept_bytes: budget for one record's kept gradient of one parameter; above it a product is used. Gradients
+            that a rule forms anyway (biases, affine scales, the vmap fallback) are not counted.
     """
 
     forced: dict[str, Method] = field(default_factory=dict)
-    max_kept_bytes: int = 256 * 2**20
+    max_kept_bytes: int = 2**20
     choices: dict[str, Choice] = field(default_factory=dict)
 
     def realize(self, parameter: str, gradient: Gradient) -> Gradient:
@@ -57,6 +58,6 @@ class Plan:
     def _choose(self, parameter: str, c: Cost) -> Choice:
         product = float(c.form + c.gram)
         kept = c.form + _KEPT_NUMBER * c.numbers
-        kept_bytes = 4 * c.records * c.numbers
+        kept_bytes = 4 * c.numbers
         cheaper: Method = "kept" if kept < product and kept_bytes <= self.max_kept_bytes else "product"
         return Choice(parameter, self.forced.get(parameter, cheaper), c, product, kept, kept_bytes)

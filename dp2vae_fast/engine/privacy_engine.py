@@ -70,7 +70,14 @@ class PrivacyEngine(opacus.PrivacyEngine):
             have.
         """
         self._select(grad_sample_mode)
-        return super().make_private(grad_sample_mode=grad_sample_mode, **kwargs)
+        parts: Any = super().make_private(grad_sample_mode=grad_sample_mode, **kwargs)
+        if self._fused:
+            _, optimizer, data_loader = parts
+            # int(N * (1 / batches)), which Opacus takes, is one too low for many N.
+            optimizer.expected_batch_size = len(data_loader.dataset) // len(data_loader)
+            if isinstance(data_loader, PoissonDataLoader):
+                data_loader.batch_sampler.begin_pass = optimizer.begin_pass  # type: ignore[union-attr]
+        return parts
 
     def make_private_with_epsilon(self, *, grad_sample_mode: str = FUSED, **kwargs: Any) -> Any:
         """Opacus' ``make_private_with_epsilon``: the noise multiplier follows from a target (epsilon, delta) and
@@ -115,6 +122,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             loss_reduction=loss_reduction,
             grad_sample_mode=grad_sample_mode,
         )
+        wrapped.forbid_grad_accumulation()  # a record may be in two Poisson draws
         private = self._prepare_optimizer(
             optimizer=optimizer,
             noise_multiplier=noise_multiplier,
@@ -140,6 +148,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
                     "the module is already wrapped with another batch_first or loss_reduction: pass the plain module, "
                     "module.to_standard_module()"
                 )
+            if module.is_copy or not module.capture.attached:
+                raise ValueError(
+                    "the module is a copy of a private one, or no longer private: pass the plain module, "
+                    "module.to_standard_module()"
+                )
+            self._captures[module._module] = module.capture
             return module
         if isinstance(module, AbstractGradSampleModule):
             raise ValueError(

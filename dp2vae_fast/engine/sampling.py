@@ -9,11 +9,11 @@ skipped: an empty one is an empty batch, or one that is all padding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from opacus.data_loader import dtype_safe, shape_safe, wrap_collate_with_empty
+from opacus.data_loader import wrap_collate_with_empty
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
@@ -77,19 +77,33 @@ class PoissonSampler(Sampler[list[int]]):
     Args:
         stream, dataset_size, sample_rate: as :class:`PoissonBatches`.
         steps: draws of one pass over the sampler.
+
+    Attributes:
+        begin_pass: called at the start of a pass; true if it cut another one short, whose draws must then end.
     """
+
+    begin_pass: Callable[[], bool] | None = None
 
     def __init__(self, stream: Stream, *, dataset_size: int, sample_rate: float, steps: int) -> None:
         self.stream = stream
         self.num_samples = dataset_size
         self.sample_rate = sample_rate
         self.steps = steps
+        self._cut_short = 0
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self.begin_pass is not None and self.begin_pass():
+            self._cut_short += 1
+        passes = self._cut_short
         for _ in range(self.steps):
+            if passes != self._cut_short:
+                raise RuntimeError(
+                    "another pass over the data loader began while a draw of this one was in several physical batches: "
+                    "its rest cannot be told from the next draw. Finish one pass before the next, or use another loader"
+                )
             yield self.stream.poisson(self.num_samples, self.sample_rate).tolist()
 
 
@@ -107,7 +121,8 @@ class PoissonDataLoader(DataLoader):
         """Replace the sampler of ``loader``; everything else is kept.
 
         Raises:
-            ValueError: an iterable data set, which has no records to draw from, or a loader without a batch.
+            ValueError: an iterable data set, which has no records to draw from; a loader without a batch, or with
+                a sampler that leaves records out.
         """
         if isinstance(loader.dataset, IterableDataset):
             raise ValueError(
@@ -117,15 +132,15 @@ class PoissonDataLoader(DataLoader):
             raise ValueError(
                 "the data loader has no batch: the data set is smaller than one batch and drop_last is set"
             )
-        example = loader.dataset[0]
-        collate = wrap_collate_with_empty(
-            collate_fn=loader.collate_fn,
-            batch_first=batch_first,
-            sample_empty_shapes=[(0, *shape_safe(x)) for x in example],
-            dtypes=[dtype_safe(x) for x in example],
-        )
-        rate = 1 / len(loader)
         size = len(loader.dataset)  # type: ignore[arg-type]
+        if loader.batch_sampler is None or len(loader.sampler) != size:  # type: ignore[arg-type]
+            raise ValueError(
+                f"the data loader does not give all {size} records of its data set, in batches, and Poisson "
+                "sampling would draw from all of them: give it a torch.utils.data.Subset and a batch_size"
+            )
+        collate = wrap_collate_with_empty(collate_fn=loader.collate_fn, batch_first=batch_first)
+        collate([loader.dataset[0]])  # it learns what a batch looks like, should the first draw be empty
+        rate = 1 / len(loader)
         private = cls(
             loader.dataset,
             batch_sampler=PoissonSampler(stream, dataset_size=size, sample_rate=rate, steps=len(loader)),

@@ -45,9 +45,12 @@ class FusedUpdate(ABC):
         step, first = stream.next_step(), 0
         for group in self.optimizer.param_groups:
             every = group["params"]
-            trainable = [i for i, p in enumerate(every) if p.requires_grad]
-            params = [every[i] for i in trainable]
-            if params:
+            by_age: dict[int, list[int]] = {}  # a parameter unfrozen later is behind the others
+            for i, p in enumerate(every):
+                if p.requires_grad:
+                    by_age.setdefault(self._age(p), []).append(i)
+            for members in by_age.values():
+                params = [every[i] for i in members]
                 self._update(
                     group,
                     params,
@@ -55,11 +58,15 @@ class FusedUpdate(ABC):
                     key=stream.key_tensor(params[0].device),
                     step=torch.tensor(step, device=params[0].device),
                     mechanism=stream.mechanism,
-                    indices=[first + i for i in trainable],
+                    indices=[first + i for i in members],
                     std=std,
                     scale=scale,
                 )
             first += len(every)
+
+    @abstractmethod
+    def _age(self, parameter: Tensor) -> int:
+        """What tells apart parameters that one call of :meth:`_update` cannot take together."""
 
     @abstractmethod
     def _update(self, group: dict[str, Any], params: list[Tensor], sums: list[Tensor], **noise: Any) -> None: ...
@@ -73,6 +80,9 @@ class FusedUpdate(ABC):
 
 
 class _FusedSGD(FusedUpdate):
+    def _age(self, parameter: Tensor) -> int:
+        return int(self.optimizer.state[parameter].get("momentum_buffer") is not None)
+
     def _update(self, group: dict[str, Any], params: list[Tensor], sums: list[Tensor], **noise: Any) -> None:
         momentum = group["momentum"]
         first_step = momentum != 0 and self.optimizer.state[params[0]].get("momentum_buffer") is None
@@ -92,6 +102,9 @@ class _FusedSGD(FusedUpdate):
 
 
 class _FusedAdam(FusedUpdate):
+    def _age(self, parameter: Tensor) -> int:
+        return int(self.optimizer.state[parameter].get("step", 0))
+
     def _update(self, group: dict[str, Any], params: list[Tensor], sums: list[Tensor], **noise: Any) -> None:
         for p in params:
             state = self.optimizer.state[p]

@@ -27,6 +27,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,26 +35,26 @@ from torch import Tensor
 
 from ._op import op
 
+_ROUNDOFF = {"bf16": 2.0**-8, "tf32": 2.0**-11}
 # Ratio by which `error` exceeds the first-order bound: covers the rounding of the error term itself, whose own
 # relative error is far below one per cent at any length for which the bound is of use.
 _MARGIN = 1.02
 
 
 def operand_roundoff(like: Tensor) -> float:
-    """Relative error with which matrix products round their float32 operands before multiplying, as this process
-    is set.
+    """Relative error with which matrix products and convolutions round their float32 operands before multiplying, as
+    this process is set.
 
     Zero unless the user allowed TF32 or bfloat16 products (``torch.set_float32_matmul_precision``,
-    ``torch.backends.cudnn.allow_tf32`` on CUDA, where it is PyTorch's default for convolutions).
+    ``torch.backends.*.fp32_precision``; on CUDA TF32 is PyTorch's default for convolutions).
     """
     if like.dtype == torch.float64:
         return 0.0
-    precision = torch.get_float32_matmul_precision()
-    if precision == "medium":
-        return 2.0**-8
-    if precision == "high" or (like.is_cuda and torch.backends.cudnn.allow_tf32):
-        return 2.0**-11
-    return 0.0
+    backends: Any = torch.backends
+    products = (
+        (backends.cuda.matmul, backends.cudnn.conv) if like.is_cuda else (backends.mkldnn.matmul, backends.mkldnn.conv)
+    )
+    return max(_ROUNDOFF.get(str(product.fp32_precision), 0.0) for product in products)
 
 
 def _gamma(length: int, like: Tensor) -> float:
@@ -65,6 +66,16 @@ def _gamma(length: int, like: Tensor) -> float:
     """
     x = length * (2.0**-53 if like.dtype == torch.float64 else 2.0**-24)
     return _MARGIN * (x / (1.0 - x) + 8 * operand_roundoff(like)) if x < 1.0 else math.inf
+
+
+def _underflow(length: int, *squares: Tensor) -> Tensor:
+    """What products below the normal range may have lost of a product of two sums of squares, of at most ``length``
+    terms each.
+
+    A lost term is below ``tiny``, and its cofactor at most the other sum: a record of huge activations and
+    vanishing backprops would otherwise have a norm of zero.
+    """
+    return length * torch.finfo(squares[0].dtype).tiny * (sum(squares[1:], squares[0]) + 1)
 
 
 def widen(x: Tensor) -> Tensor:
@@ -79,9 +90,11 @@ def _gram_norm(gram_a: Tensor, gram_b: Tensor, length: int) -> tuple[Tensor, Ten
     bound is free.
     """
     norm_sq = (gram_a * gram_b).sum(-1).sum(-1).sum(-1)
-    reach = gram_a.diagonal(dim1=-2, dim2=-1) * gram_b.diagonal(dim1=-2, dim2=-1)
-    reach = reach.clamp(min=0).sqrt().sum(-1).square().sum(-1)
-    return norm_sq.clamp(min=0), _gamma(length + 2 * gram_a.shape[-1] + gram_a.shape[1] + 2, norm_sq) * reach
+    squares_a, squares_b = gram_a.diagonal(dim1=-2, dim2=-1), gram_b.diagonal(dim1=-2, dim2=-1)
+    reach = (squares_a * squares_b).clamp(min=0).sqrt().sum(-1).square().sum(-1)
+    positions = gram_a.shape[-1]
+    lost = _underflow(length * positions**2, squares_a.sum((1, 2)), squares_b.sum((1, 2)))
+    return norm_sq.clamp(min=0), _gamma(length + 2 * positions + gram_a.shape[1] + 2, norm_sq) * reach + lost
 
 
 @op()
@@ -101,8 +114,9 @@ def linear_norm_sq(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tens
     dtype = torch.promote_types(a.dtype, b.dtype)
     a, b = a.to(dtype), b.to(dtype)
     if a.shape[1] == 1:  # one position: |a|^2 |b|^2, and every partial product is positive
-        norm_sq = a.square().sum((1, 2)) * b.square().sum((1, 2))
-        return norm_sq, _gamma(a.shape[2] + b.shape[2] + 1, a) * norm_sq
+        squares_a, squares_b, length = a.square().sum((1, 2)), b.square().sum((1, 2)), a.shape[2] + b.shape[2]
+        norm_sq = squares_a * squares_b
+        return norm_sq, _gamma(length + 1, a) * norm_sq + _underflow(length, squares_a, squares_b)
     gram_a, gram_b = a @ a.transpose(1, 2), b @ b.transpose(1, 2)
     return _gram_norm(gram_a.unsqueeze(1), gram_b.unsqueeze(1), a.shape[2] + b.shape[2])
 

@@ -1,0 +1,153 @@
+"""No record contributes more than the bound in the arithmetic really done: the float32 operands as they are multiplied,
+their product in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import LAYER_CASES, LayerCase, record_loss
+from torch import Tensor, nn
+
+from dp2vae_fast import PrivacyEngine, ops
+from dp2vae_fast.engine.capture import Capture
+from dp2vae_fast.engine.clipping import FlatClipping
+from dp2vae_fast.engine.gradients import Gradient
+from dp2vae_fast.engine.plan import Plan
+
+BOUND = 0.7
+RECORDS = 6
+OPERANDS = ("activations", "backprops", "values")
+
+
+def realised(gradients: list[Gradient], factors: Tensor) -> Tensor:
+    """``|c_n g_n|`` of every record, [N]: the factor goes into the backprops (or the kept gradient) in float32, what
+    follows is exact to float64."""
+    total = torch.zeros(RECORDS, dtype=torch.float64)
+    for gradient in gradients:
+        fields = dict(vars(gradient))
+        for key in OPERANDS:
+            if key in fields:
+                x = ops.widen(fields[key])
+                scaled = x * factors.reshape(-1, *[1] * (x.dim() - 1)) if key != "activations" else x
+                fields[key] = scaled.double()
+        total += type(gradient)(**fields).grad_sample().flatten(1).square().sum(1)
+    return total.sqrt()
+
+
+def captured(model: nn.Module, inputs: Tensor, weigh, method) -> list[Gradient]:
+    params = dict(model.named_parameters())
+    capture = Capture(model, plan=Plan(forced=dict.fromkeys(params, method)))
+    weigh(model(inputs)).backward()
+    gradients = capture.take(list(params.values()))
+    capture.remove()
+    return [g for g in gradients if g is not None]
+
+
+def zero_sum(output: Tensor) -> Tensor:
+    """A loss whose backprops add up to zero over the positions, as before a normalisation: the Gram sum cancels."""
+    weights = torch.randn(output.shape[1:], generator=torch.Generator().manual_seed(2)).expand(output.shape)
+    if output.dim() > 2:
+        axis = tuple(range(2, output.dim())) if output.dim() > 3 else (1,)
+        weights = weights - weights.mean(axis, keepdim=True)
+    return (weights * output).sum()
+
+
+@pytest.mark.parametrize("method", ["product", "kept"])
+@pytest.mark.parametrize("case", LAYER_CASES, ids=lambda c: c.name)
+def test_each_layer_under_cancellation_and_extreme_sizes(case: LayerCase, method: str):
+    torch.manual_seed(1)
+    model = case.make()
+    plain = case.inputs(RECORDS, torch.float32)
+    variants = [plain] if case.entries else [plain, plain + 1e3, plain + 1e6, plain * 1e-12, plain * 1e12]
+    for inputs in variants:
+        for size in (1.0, 1e8, 1e-25):
+            gradients = captured(model, inputs, lambda out, s=size: s * zero_sum(out), method)
+            for bound in (BOUND, 1e-6):
+                for scale in (1, 1000):
+                    factors = FlatClipping().factors(gradients, bound, scale)
+                    assert bool((realised(gradients, factors) <= bound).all())
+
+
+@pytest.mark.parametrize("positions", [1, 4])
+def test_squares_below_the_normal_range_are_counted(positions: int):
+    """Huge activations and vanishing backprops: the norm is not zero though a squared backprop is."""
+    activations = torch.full((RECORDS, positions, 400), 1.5e17)
+    for size in (1e-24, 2.6e-23, 1e-21, 1e-20):
+        backprops = torch.full((RECORDS, positions, 900), size)
+        layers = {
+            "linear": (nn.Linear(400, 900), activations, backprops),
+            "conv": (nn.Conv1d(400, 900, 1), activations.transpose(1, 2), backprops.transpose(1, 2)),
+        }
+        for layer, inputs, weights in layers.values():
+            gradients = captured(layer, inputs, lambda out, w=weights: (out * w).sum(), "product")
+            assert bool((realised(gradients, FlatClipping().factors(gradients, 1e-3)) <= 1e-3).all())
+
+
+@pytest.mark.parametrize("inside", ["backward", "step", "both"])
+def test_autocast_around_backward_and_step_changes_no_norm(inside: str):
+    torch.manual_seed(3)
+    for seed in range(8):
+        model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 16))
+        private, optimizer = PrivacyEngine().privatize(
+            model,
+            torch.optim.SGD(model.parameters(), lr=1.0),
+            noise_multiplier=0.0,
+            max_grad_norm=BOUND,
+            sample_rate=0.1,
+            expected_batch_size=1,
+        )
+        inputs = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(seed))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = 100 * record_loss(private(inputs).float()).sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside != "step"):
+            loss.backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside != "backward"):
+            optimizer.clip_and_accumulate()
+        sums = optimizer._pending_sums()
+        assert all(s.dtype == torch.float32 for s in sums)
+        assert float(torch.stack([s.double().norm() for s in sums]).norm()) <= BOUND
+
+
+@pytest.mark.parametrize("case", LAYER_CASES, ids=lambda c: c.name)
+def test_a_record_more_changes_no_other_records_factor(case: LayerCase):
+    """A choice of algorithm by the size of the draw would: its error bounds differ."""
+    torch.manual_seed(1)
+    model, plan = case.make(), Plan(max_kept_bytes=400)
+    inputs = case.inputs(40, torch.float32)
+    inputs = inputs if case.entries else inputs + 1e3
+    factors = []
+    for batch in (inputs[:1], inputs[:7], inputs):
+        params = dict(model.named_parameters())
+        capture = Capture(model, plan=plan)
+        zero_sum(model(batch)).backward()
+        gradients = [g for g in capture.take(list(params.values())) if g is not None]
+        factors.append(FlatClipping().factors(gradients, 1e-3))
+        capture.remove()
+    for few in factors[:2]:
+        torch.testing.assert_close(few, factors[2][: len(few)], rtol=1e-5, atol=0)
+
+
+def test_one_dominant_layer_leaves_no_room_for_the_others():
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3))
+    with torch.no_grad():
+        model[0].weight.mul_(1e8)
+    gradients = captured(model, torch.randn(RECORDS, 6), zero_sum, "product")
+    assert bool((realised(gradients, FlatClipping().factors(gradients, BOUND)) <= BOUND).all())
+
+
+@pytest.mark.parametrize("setting", ["medium", "high", "matmul", "conv"])
+def test_reduced_precision_products_widen_the_error_bound(setting: str):
+    operands = torch.randn(2, 3, 8), torch.randn(2, 3, 5)
+    _, exact = ops.linear_norm_sq(*operands)
+    before = torch.get_float32_matmul_precision()
+    try:
+        if setting in ("matmul", "conv"):
+            getattr(torch.backends.mkldnn, setting).fp32_precision = "bf16"
+        else:
+            torch.set_float32_matmul_precision(setting)
+        _, widened = ops.linear_norm_sq(*operands)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.conv.fp32_precision = "none"
+        torch.set_float32_matmul_precision(before)
+    assert bool((widened > 100 * exact).all())
