@@ -36,7 +36,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "dp, ε = 10": DP | {"target_epsilon": 10},
     "dp, ε = 1": DP | {"target_epsilon": 1},
     "private, ε = 10 given the encoder": PRIVATE | {"target_epsilon": 10},
-    "private, ε = 1 given the encoder": PRIVATE | {"target_epsilon": 1},
+    "private, ε = 1 given the encoder": PRIVATE | {"target_epsilon": 1, "beta": 1.0},
     "linear, no noise": WITHOUT_NOISE,
     "private, no noise": PRIVATE | WITHOUT_NOISE | {"beta": 0.1, "pretrain_steps": 2000},
 }
@@ -65,15 +65,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="words that a row must begin with")
     arguments = parser.parse_args()
     chosen = [row for row in ROWS if not arguments.only or row.startswith(tuple(arguments.only))]
-    record = json.loads(RESULTS.read_text()) if RESULTS.exists() and arguments.only else {"rows": {}}
+    made = environment()
+    record = (
+        json.loads(RESULTS.read_text()) if RESULTS.exists() and arguments.only else {"samples": SAMPLES, "rows": {}}
+    )
     for row in chosen:
         runs = [measure(ROWS[row], seed) for seed in range(arguments.seeds)]
-        record["rows"][row] = {"settings": ROWS[row], "runs": runs}
+        record["rows"][row] = {"settings": ROWS[row], "environment": made, "runs": runs}
         accuracies = [r["cnn_accuracy_synthetic"] for r in runs]
         print(f"{row}: cnn {statistics.median(accuracies):.3f} {sorted(round(a, 3) for a in accuracies)}", flush=True)
-    record |= {"samples": SAMPLES, "environment": environment()}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

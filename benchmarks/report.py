@@ -38,7 +38,8 @@ def utility_digits(record: dict[str, Any]) -> str:
     cnn, logreg = (_spread(every, f"{kind}_accuracy_real", spread=False) for kind in ("cnn", "logreg"))
     fid = statistics.median(next(iter(r["fid_real"].values())) for r in every)
     lines.append(f"| *real training digits* | | {cnn} | {logreg} | {fid:.1f} (held-out digits) |")
-    seeds = len(next(iter(record["rows"].values()))["runs"])
+    first = next(iter(record["rows"].values()))
+    seeds = len(first["runs"])
     return "\n".join([*lines, "", f"Medians of {seeds} seeds, range in brackets; {_made(record)}"])
 
 
