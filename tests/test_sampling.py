@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
+from dp2vae_fast import PrivacyEngine
 from dp2vae_fast.engine.keystream import Keystream, Stream
 from dp2vae_fast.engine.sampling import PoissonBatches, PoissonDataLoader, PoissonSampler
 
@@ -122,3 +124,111 @@ def test_what_has_no_records_to_draw_is_refused():
     for bad in ({"dataset_size": 0}, {"sample_rate": 0.0}, {"sample_rate": 1.5}, {"physical_batch_size": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             PoissonBatches(stream(), **({"dataset_size": 5, "sample_rate": 0.5, "physical_batch_size": 2} | bad))
+
+
+def test_a_loader_that_leaves_records_out_is_refused():
+    """Poisson sampling would draw them, held-out records included."""
+    data = Records("pair")
+    for bad in (DataLoader(data, 2, sampler=SubsetRandomSampler(range(6))), DataLoader(data, batch_size=None)):
+        with pytest.raises(ValueError, match=r"all 12 records.*Subset"):
+            PoissonDataLoader.from_data_loader(bad, stream())
+
+
+# Steps on the draws ----------------------------------------------------------------------------------
+
+
+def counting(size: int, batch_size: int, loss_reduction: str = "sum"):
+    """One weight whose step is minus the number of records in the sum: records of 1, lr 1, C 1, no noise."""
+    model = nn.Linear(1, 1, bias=False)
+    return PrivacyEngine(keystream=Keystream.seeded(1)).make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        data_loader=DataLoader(TensorDataset(torch.ones(size, 1)), batch_size=batch_size),
+        noise_multiplier=0.0,
+        max_grad_norm=1.0,
+        loss_reduction=loss_reduction,
+    )
+
+
+def step(model: nn.Module, optimizer, batch: Tensor, *, zero_grad: bool = True) -> float:
+    """The number of records in this step's sum, divided by the expected number where the loss is a mean."""
+    weight = next(model.parameters())
+    before = weight.item()
+    size = 1 if optimizer.loss_reduction == "sum" else max(1, len(batch))
+    (2 * model(batch)).sum().div(size).backward()
+    optimizer.step()
+    if zero_grad:
+        optimizer.zero_grad()
+    return before - weight.item()
+
+
+@pytest.mark.parametrize("size", [98, 49, 93, 107])
+def test_the_expected_batch_size_is_exact(size: int):
+    """Opacus' int(98 * (1 / 49)) is 1, and for 49 records in batches of one int(49 * (1 / 49)) is 0."""
+    for batch_size in (1, 2):
+        _, optimizer, loader = counting(size, batch_size, "mean")
+        assert optimizer.expected_batch_size == size // len(loader)
+
+
+@pytest.mark.parametrize("zero_grad", [True, False])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_draw_in_several_physical_batches_is_one_step(zero_grad: bool, reduction: str):
+    model, optimizer, loader = counting(12, 6, reduction)
+    coins = stream_of(loader)
+    sizes = [len(coins.poisson(12, 0.5)) for _ in range(8)]
+    moved = []
+    for _ in range(4):
+        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as batches:
+            for (batch,) in batches:
+                last = not optimizer._check_skip_next_step(pop_next=False)
+                change = step(model, optimizer, batch, zero_grad=zero_grad)
+                moved += [change] if last else []
+                assert last or change == 0
+    assert max(sizes) > 4
+    assert moved == pytest.approx([size / (1 if reduction == "sum" else 6) for size in sizes], abs=1e-4)
+
+
+def stream_of(loader: DataLoader) -> Stream:
+    """Another stream with the coins of ``loader``, which :func:`counting` made."""
+    keystream = Keystream.seeded(1)
+    while (twin := keystream.stream("Poisson sampling")).mechanism < loader.batch_sampler.stream.mechanism:
+        pass
+    return twin
+
+
+def test_a_pass_cut_short_does_not_run_into_the_next():
+    """What a break left of a draw would put a record into one step twice."""
+    model, optimizer, loader = counting(8, 8)  # rate 1: every draw is all 8 records
+    moved = []
+    for stop in (1, 2, 3):
+        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=3, optimizer=optimizer) as batches:
+            for i, (batch,) in enumerate(batches, 1):
+                moved.append(step(model, optimizer, batch))
+                if i == stop:
+                    break
+    assert moved == pytest.approx([0, 0, 0, 0, 0, 8], abs=1e-4)
+
+
+def test_a_break_before_the_step_leaves_no_signal_behind():
+    model, optimizer, loader = counting(8, 8)
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=3, optimizer=optimizer) as batches:
+        next(iter(batches))
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=3, optimizer=optimizer) as batches:
+        moved = [step(model, optimizer, batch) for (batch,) in batches]
+    assert moved == pytest.approx([0, 0, 8], abs=1e-4)
+
+
+def test_a_second_pass_inside_a_split_draw_ends_the_first():
+    model, optimizer, loader = counting(8, 4)
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=1, optimizer=optimizer) as batches:
+        first = iter(batches)
+        step(model, optimizer, next(first)[0])
+        next(iter(loader))
+        with pytest.raises(RuntimeError, match="another pass"):
+            for _ in range(9):
+                next(first)
+    optimizer.begin_pass()
+    rest = iter(loader)
+    for _ in range(2):
+        next(iter(loader))  # whole draws may be looked at at any time
+        step(model, optimizer, next(rest)[0])
