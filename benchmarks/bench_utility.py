@@ -27,8 +27,15 @@ FIGURES = ("cnn_accuracy_synthetic", "logreg_accuracy_synthetic", "cnn_accuracy_
 
 # Modes that learn their latents step by step need larger steps than a decoder that starts warm; what is not trained
 # with noise takes as many steps as it likes.
-DP = {"encoder": "dp", "beta": 0.1, "learning_rate": 5e-3, "pretrain_learning_rate": 5e-3, "pretrain_steps": 400}
-PRIVATE = {"encoder": "private", "beta": 0.3, "learning_rate": 5e-3, "pretrain_steps": 1000}
+DP = {
+    "encoder": "dp",
+    "latent_dim": 32,
+    "beta": 0.1,
+    "learning_rate": 5e-3,
+    "pretrain_learning_rate": 5e-3,
+    "pretrain_steps": 400,
+}
+PRIVATE = {"encoder": "private", "latent_dim": 32, "beta": 0.3, "learning_rate": 5e-3, "pretrain_steps": 1000}
 WITHOUT_NOISE = {"noise_multiplier": 0, "max_grad_norm": 100.0, "learning_rate": 1e-3, "steps": 2000}
 ROWS: dict[str, dict[str, Any]] = {
     "linear, ε = 10": {"target_epsilon": 10},

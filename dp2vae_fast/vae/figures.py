@@ -64,8 +64,8 @@ def plot_curves(rows: Sequence[Mapping[str, float | None]], path: Path) -> None:
     The loss is not noised, so the picture says that it is for the curator only.
 
     Args:
-        rows: one mapping a step with the keys ``step``, ``loss`` and ``epsilon``. None, NaN and infinities leave
-            a hole in the curve; no rows make an empty picture.
+        rows: one mapping a step with the keys ``step``, ``loss`` and ``epsilon``. None, NaN and infinities are left
+            out; no rows make an empty picture.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -75,7 +75,9 @@ def plot_curves(rows: Sequence[Mapping[str, float | None]], path: Path) -> None:
     steps = _column(rows, "step")
     for place, (key, label) in enumerate((("loss", "loss (mean a record)"), ("epsilon", "ε spent"))):
         axes = figure.add_subplot(2, 1, place + 1)
-        axes.plot(steps, _column(rows, key), marker="." if len(rows) == 1 else "")
+        values = _column(rows, key)
+        known = np.isfinite(values)  # epsilon is known at checkpoints only
+        axes.plot(steps[known], values[known], marker="." if known.sum() < 50 else "")
         axes.set(xlabel="step", ylabel=label)
         axes.grid(alpha=0.3)
     canvas = FigureCanvasAgg(figure)
@@ -83,5 +85,4 @@ def plot_curves(rows: Sequence[Mapping[str, float | None]], path: Path) -> None:
 
 
 def _column(rows: Sequence[Mapping[str, float | None]], key: str) -> np.ndarray:
-    values = np.array([row[key] for row in rows], dtype=np.float64)
-    return np.where(np.isfinite(values), values, np.nan)
+    return np.array([row[key] for row in rows], dtype=np.float64)
