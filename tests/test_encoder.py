@@ -136,8 +136,13 @@ def test_a_public_data_set_must_fit_and_must_not_be_the_private_one(tmp_path):
 
     mine = small.digits()
     np.savez(tmp_path / "same.npz", images=mine.images.numpy(), labels=mine.labels.numpy(), num_classes=10)
-    np.savez(tmp_path / "large.npz", images=np.zeros((5, 16, 16), np.uint8), labels=np.arange(5) % 2)
-    for name, message in (("same", "training records themselves"), ("large", "set image_size")):
+    np.savez(tmp_path / "large.npz", images=np.zeros((5, 16, 16), np.uint8), labels=np.arange(5) % 2, num_classes=10)
+    np.savez(tmp_path / "classes.npz", images=np.zeros((12, 8, 8), np.uint8), labels=np.arange(12))
+    for name, message in (
+        ("same", "training records themselves"),
+        ("large", r"images \[1, 16, 16\] and 10 classes"),
+        ("classes", r"images \[1, 8, 8\] and 12 classes"),
+    ):
         settings = small.config(encoder="public", public_encoder=str(tmp_path / f"{name}.npz"))
         with pytest.raises(RunError, match=message):
             pretrain(small.stage(mine, settings))

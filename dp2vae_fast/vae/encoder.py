@@ -116,7 +116,9 @@ def _fit_public(stage: Stage) -> Pretrained:
     else:
         data = load_images(source, image_size=stage.config.data.image_size, channels=stage.spec.image_shape[0])
         _require_public(stage, data.sha256, source)
-        if data.image_shape != stage.spec.image_shape or data.num_classes < stage.spec.num_classes:
+        if data.image_shape != stage.spec.image_shape or (
+            stage.spec.num_classes and data.num_classes != stage.spec.num_classes
+        ):
             raise RunError(
                 f"public_encoder {source} has images {list(data.image_shape)} and {data.num_classes} classes, the "
                 f"model needs {list(stage.spec.image_shape)} and {stage.spec.num_classes}: set image_size and "
