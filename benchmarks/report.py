@@ -40,7 +40,7 @@ def utility_digits(record: dict[str, Any]) -> str:
     lines.append(f"| *real training digits* | | {cnn} | {logreg} | {fid:.1f} (held-out digits) |")
     first = next(iter(record["rows"].values()))
     seeds = len(first["runs"])
-    return "\n".join([*lines, "", f"Medians of {seeds} seeds, range in brackets; {_made(record)}"])
+    return "\n".join([*lines, "", f"Medians of {seeds} seeds, range in brackets; {_made(first)}"])
 
 
 def _spread(runs: list[dict[str, Any]], figure: str, *, spread: bool = True) -> str:
