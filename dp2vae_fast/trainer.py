@@ -212,7 +212,7 @@ def sampler(decoder: Decoder, seed: int) -> Callable[[int], tuple[Tensor, Tensor
 def load_split(config: Config, images: ImageData | None = None) -> tuple[ImageData, ImageData]:
     """Training and held-out records of a configuration; raises ``DataError`` for what cannot be trained on."""
     data = config.data
-    whole = images or load_images(data.data, image_size=data.image_size, channels=data.channels)
+    whole = images if images is not None else load_images(data.data, image_size=data.image_size, channels=data.channels)
     train, test = train_test_split(whole, data.test_fraction, data.split_seed)
     check_trainable(train, batch_size=config.privacy.expected_batch_size, conditional=data.conditional)
     return train, test

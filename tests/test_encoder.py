@@ -131,6 +131,14 @@ def test_a_public_encoder_comes_from_another_runs_checkpoint_too(tmp_path, publi
             pretrain(small.stage(small.digits(), small.config(encoder="public", public_encoder=str(bad))))
 
 
+def test_the_data_set_that_the_training_records_are_a_part_of_is_not_public():
+    settings = load_config(
+        recipe="digits", overrides=small.SETTINGS | {"encoder": "public", "public_encoder": "digits"}
+    )
+    with pytest.raises(RunError, match="training records themselves"):
+        Trainer(config=settings).fit()
+
+
 def test_a_public_data_set_must_fit_and_must_not_be_the_private_one(tmp_path):
     import numpy as np
 

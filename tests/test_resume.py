@@ -9,13 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small
 import torch
 
-from dp2vae_fast.runs.checkpoint import load_checkpoint
+from dp2vae_fast.runs.checkpoint import RunError, load_checkpoint
 from dp2vae_fast.runs.ledger import Ledger
 from dp2vae_fast.trainer import Trainer
+from dp2vae_fast.vae.data import load_images
 
 KILLS = 10
 DRAWS = Path(__file__).with_name("draws.py")
@@ -160,3 +162,51 @@ def test_other_data_are_refused(tmp_path):
     Trainer(small.digits(), **settings).fit()
     with pytest.raises(ValueError, match="run on other data"):
         Trainer(small.digits(150), resume=True, **settings).fit()
+
+
+@pytest.mark.filterwarnings("ignore:encoder = private:UserWarning")
+@pytest.mark.parametrize("mode", ["private", "public"])
+@pytest.mark.parametrize("stage", ["pre-training", "DP-SGD"])
+def test_what_training_without_noise_left_enters_no_other_run(tmp_path, mode, stage, monkeypatch):
+    """A noise-free encoder in a folder must not pass into a run that claims an end-to-end guarantee."""
+    from dp2vae_fast.vae import latents
+
+    public = tmp_path / "public.npz"
+    others = load_images("digits").subset(torch.arange(400, 500))
+    np.savez(public, images=others.images.numpy(), labels=others.labels.numpy(), num_classes=10)
+    extra = {"public_encoder": str(public)} if mode == "public" else {}
+    out = tmp_path / "run"
+
+    def crash(progress):
+        if (progress.stage, progress.step) == (stage, 15):
+            raise KeyboardInterrupt
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken, pytest.raises((KeyboardInterrupt, OSError)):
+        if stage == "DP-SGD":  # between stage 1 and the first noise of stage 2
+            broken.setattr(latents.LatentCache, "open", full)
+        settings = small.config(encoder=mode, test_fraction=0, checkpoint_every=1, pretrain_steps=30, **extra)
+        Trainer(small.digits(), config=settings, out=out, observer=crash).fit()
+    for other in ("dp", "linear"):
+        for resume in (False, True):
+            with pytest.raises(RunError):
+                Trainer(
+                    small.digits(), config=small.config(encoder=other, test_fraction=0), out=out, resume=resume
+                ).fit()
+
+
+@pytest.mark.parametrize("lost", ["ledger", "run.json"])
+def test_checkpoints_without_their_ledger_or_identity_are_refused(tmp_path, lost):
+    settings = small.config(test_fraction=0, seed=None)
+    Trainer(small.digits(), config=settings, out=tmp_path / "run").fit()
+    (tmp_path / "run" / "curator" / lost).unlink()
+    with pytest.raises(RunError, match="train into a new folder"):
+        Trainer(small.digits(), config=settings, out=tmp_path / "run", resume=True).fit()
+
+
+def test_one_seed_gives_other_noise_on_other_records():
+    runs = [small.stage(small.digits(n), small.config()) for n in (200, 199)]
+    keys = [run.keys.keystream("class means").key_tensor() for run in runs]
+    assert not torch.equal(*keys)

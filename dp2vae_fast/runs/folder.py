@@ -21,7 +21,8 @@ from ..config import MECHANISM_TABLES, Config
 from .checkpoint import RunError, load_checkpoint, remove_temporaries, save_checkpoint, write_json
 from .ledger import Ledger
 
-_SIGNS_OF_A_RUN = ("curator/run.json", "decoder.safetensors", "privacy.json")
+_SIGNS_OF_A_RUN = ("decoder.safetensors", "privacy.json")
+_IDENTITY = {"ledger", "run.json"}
 
 
 class RunFolder:
@@ -72,6 +73,10 @@ class RunFolder:
     def _identify(self, folder: Path, config: Config, data_sha256: str) -> None:
         file = folder / "curator" / "run.json"
         if not file.exists():
+            strangers = sorted({p.name for p in file.parent.iterdir()} - _IDENTITY)
+            strangers += ["ledger"] if self.ledger.spent() else []
+            if strangers:
+                raise RunError(f"{file.parent} holds {strangers[0]} of an unknown run: train into a new folder")
             write_json(file, {"recipe": config.recipe, "config": config.to_dict(), "data_sha256": data_sha256})
             return
         known = read_run(folder)
@@ -96,8 +101,11 @@ class RunFolder:
         unused = not self.ledger.spent()
         self.ledger.close()
         if unused and self._created and self.path is not None:
-            for name in ("ledger", "run.json"):
-                (self.path / "curator" / name).unlink(missing_ok=True)
+            curator = self.path / "curator"
+            # A checkpoint may come from training without noise: it must never be parted from the run it belongs to.
+            if {p.name for p in curator.iterdir()} <= _IDENTITY:
+                for name in _IDENTITY:
+                    (curator / name).unlink(missing_ok=True)
             _remove_empty(self._created)
 
 
@@ -116,7 +124,10 @@ def check_output(path: Path, *, resume: bool) -> None:
     """Refuse an output folder that cannot be used, without writing anything."""
     if path.exists() and not path.is_dir():
         raise RunError(f"cannot write into {path}: it is not a folder")
-    if not resume and any((path / sign).exists() for sign in _SIGNS_OF_A_RUN):
+    curator = path / "curator"
+    if not resume and (
+        any((path / sign).exists() for sign in _SIGNS_OF_A_RUN) or (curator.is_dir() and any(curator.iterdir()))
+    ):
         raise RunError(f"{path} already holds a run: add --resume to go on with it, or choose another folder")
     nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):

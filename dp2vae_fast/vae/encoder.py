@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..engine.keystream import Stream
 from ..runs.checkpoint import RunError, load_checkpoint
-from .data import ImageData, load_images
+from .data import ImageData, load_images, record_digests
 from .loop import make_optimizer
 from .losses import negative_elbo, reconstruction
 from .models import VAE, Decoder, Encoder, ModelSpec, build_decoder, build_encoder
@@ -54,6 +54,8 @@ def pretrain(stage: Stage) -> Pretrained:
     """Run stage 1 as the configuration says, or take it from the run folder where it is finished."""
     saved = stage.run.load("stage1.pt")
     if saved is not None:
+        for mechanism in stage.budget.stage1.values():
+            stage.require_spent("stage1.pt", mechanism.name, mechanism.steps)
         decoder = build_decoder(stage.spec)
         encoder = _new_linear(stage) if stage.config.privacy.encoder == "linear" else build_encoder(stage.spec)
         decoder.load_state_dict(saved["decoder"])
@@ -66,7 +68,7 @@ def pretrain(stage: Stage) -> Pretrained:
         {
             "key": stage.keys.number,
             "spec": str(stage.spec),
-            "data_sha256": stage.train.sha256,
+            "records": sorted(record_digests(stage.train)),
             "encoder": pretrained.encoder.state_dict(),
             "decoder": pretrained.decoder.state_dict(),
             "history": stage.history,
@@ -115,7 +117,7 @@ def _fit_public(stage: Stage) -> Pretrained:
         encoder = _read_encoder(stage, Path(source))
     else:
         data = load_images(source, image_size=stage.config.data.image_size, channels=stage.spec.image_shape[0])
-        _require_public(stage, data.sha256, source)
+        _require_public(stage, record_digests(data), source)
         if data.image_shape != stage.spec.image_shape or (
             stage.spec.num_classes and data.num_classes != stage.spec.num_classes
         ):
@@ -255,9 +257,9 @@ def _fresh(stage: Stage, build: Callable[[ModelSpec], M]) -> M:
 def _read_encoder(stage: Stage, path: Path) -> Encoder:
     """The encoder in a ``stage1.pt`` of another run."""
     saved = load_checkpoint(path)
-    if saved is None or not {"spec", "encoder", "data_sha256"} <= set(saved):
+    if saved is None or not {"spec", "encoder", "records"} <= set(saved):
         raise RunError(f"public_encoder {path} is no stage1.pt of a run's curator folder: name one, or a data set")
-    _require_public(stage, saved["data_sha256"], str(path))
+    _require_public(stage, set(saved["records"]), str(path))
     encoder = build_encoder(stage.spec)
     try:
         encoder.load_state_dict(saved["encoder"])
@@ -266,10 +268,11 @@ def _read_encoder(stage: Stage, path: Path) -> Encoder:
     return encoder
 
 
-def _require_public(stage: Stage, sha256: str, source: str) -> None:
-    if sha256 == stage.train.sha256:
+def _require_public(stage: Stage, records: set[str], source: str) -> None:
+    """Refuse a source that holds an image of the training records, whichever part of their data set it is."""
+    if records & record_digests(stage.train):
         raise RunError(
-            f'public_encoder {source} is of the training records themselves, which are not public: use encoder = "dp", '
+            f'public_encoder {source} holds training records themselves, which are not public: use encoder = "dp", '
             "or private without an end-to-end guarantee"
         )
 

@@ -150,7 +150,7 @@ def _rows(mechanisms: Sequence[Mechanism], delta: float, accountant: str) -> lis
     """One row per mechanism: its parameters, its epsilon on its own, and its share of the budget in squared
     Gaussian-DP units."""
     alone = [_finite(epsilon([m], delta, accountant)) for m in mechanisms]
-    costs = [math.inf if e is None else gaussian_dp_mu(e, delta) ** 2 for e in alone]
+    costs = [math.inf if e is None else 0.0 if e == 0 else gaussian_dp_mu(e, delta) ** 2 for e in alone]
     total = sum(costs)
     return [
         {

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..config import Config
 from ..engine.accounting import Mechanism, epsilon
 from ..engine.keystream import Stream
+from ..runs.checkpoint import RunError
 from ..runs.folder import RunFolder
 from ..runs.interrupt import StopRequest
 from ..runs.keys import RunKeys
@@ -88,6 +89,11 @@ class Stage:
         privacy = self.config.privacy
         return epsilon(self.run.ledger.spent(), privacy.target_delta, privacy.accountant)
 
+    def require_spent(self, file: str, name: str, steps: int) -> None:
+        """Refuse a checkpoint that holds more steps of a mechanism than the ledger counts."""
+        if self.run.ledger.steps(name) < steps:
+            raise RunError(f"{file} holds steps of {name} that the ledger does not count: train into a new folder")
+
     def release(self, mechanism: Mechanism, compute: Callable[[Stream], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The output of a mechanism that is drawn in one piece: counted, computed with noise, kept.
 
@@ -96,6 +102,7 @@ class Stage:
         """
         ledger, file = self.run.ledger, _file(mechanism.name)
         saved = self.run.load(file)
+        self.require_spent(file, mechanism.name, 0 if saved is None else 1)
         if saved is None:
             ledger.reserve(mechanism, ledger.steps_before_key(mechanism.name) + 1)
             released = compute(self.keys.keystream(mechanism.name).stream(mechanism.name))
@@ -124,6 +131,7 @@ class Stage:
         file = _file(mechanism.name)
         every: dict[str, Stateful] = {"module": module, "optimizer": optimizer, **parts}
         done = self._restore(file, every)
+        self.require_spent(file, mechanism.name, done)
         first_step = max(done, ledger.steps_before_key(mechanism.name))
         dp = StepMechanism(
             mechanism.name,
