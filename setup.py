@@ -54,7 +54,7 @@ def native_build():
             "-Wno-psabi",
             f"-fmacro-prefix-map={os.path.dirname(os.path.abspath(__file__))}/=",  # error messages name no build folder
         ],
-        optional=True,
+        optional=NATIVE != "1",
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildNative}}
 

@@ -141,6 +141,8 @@ def evaluate(
     decoder = load_decoder(run)
     known = {k: v for table in read_run(run)["config"].values() for k, v in table.items() if v is not None}
     train_data, test_data = load_split(load_config(overrides=known | ({} if data is None else {"data": data})))
+    if train_data.sha256 != read_run(run)["data_sha256"]:
+        raise RunError(f"{train_data.name} does not hold the records of {run}: name the run's own data with --data")
     with _err.status("measuring samples"):
         metrics = evaluate_samples(
             sampler(decoder, seed), train_data, test_data, samples=samples, features=features or ["cnn"], seed=seed

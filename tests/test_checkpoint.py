@@ -102,6 +102,14 @@ def test_settling_cannot_add_steps(path):
     assert ledger.steps("DP-SGD") == BLOCK
 
 
+def test_settling_never_takes_back_what_an_earlier_process_may_have_drawn(path):
+    ledger = Ledger(path)
+    ledger.reserve(STEPS, BLOCK + 1, last=100)
+    ledger = reopened(ledger, path)
+    ledger.settle(STEPS, 3)
+    assert ledger.steps("DP-SGD") == reopened(ledger, path).steps("DP-SGD") == 2 * BLOCK
+
+
 def test_keys_are_numbered_and_know_what_was_spent_before_them(path):
     ledger = Ledger(path)
     assert ledger.begin_key("a") == 0 and ledger.steps_before_key("DP-SGD") == 0

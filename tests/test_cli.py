@@ -171,7 +171,7 @@ def test_a_run_writes_the_release_and_keeps_the_rest_apart(finished):
     assert set(report["released"]) == released - {"metrics.json"}
     metrics = json.loads((out / "metrics.json").read_text())
     assert not any(metrics["private"].values()) and 0 <= metrics["cnn_accuracy_synthetic"] <= 1
-    assert "differentially private for every record" in done.stdout and "not private" in done.stdout
+    assert "differentially private for every training record" in done.stdout and "not private" in done.stdout
 
 
 def test_sample_draws_pictures_and_arrays(finished, tmp_path, capsys, monkeypatch):
@@ -199,6 +199,13 @@ def test_evaluate_measures_again(finished, capsys, monkeypatch):
     assert json.loads((out / "metrics.json").read_text())["samples"] == 300
     code, _, err = in_process(capsys, monkeypatch, "evaluate", out.parent)
     assert code == 2 and "holds no decoder" in err
+
+
+def test_evaluate_refuses_other_records_than_the_runs(finished, capsys, monkeypatch, tmp_path):
+    code, _, err = in_process(
+        capsys, monkeypatch, "evaluate", finished[0], "--data", an_array(tmp_path, FLOATS, LABELS)
+    )
+    assert code == 2 and "does not hold the records" in err and err.count("\n") == 1
 
 
 def test_info_names_every_op_and_the_reason_for_each_gap(capsys, monkeypatch):

@@ -31,8 +31,8 @@ class RunFolder:
     Args:
         path: where the run lives; created, with its parents, when missing. None: nothing is written anywhere.
         resume: go on with the run that is there, or start one. Without it a folder that holds a run is refused.
-        config: settings of the run. A resumed run must have the same, except for performance and for the path of the
-            data.
+        config: settings of the run. A resumed run must have the same, except for performance (other
+            than the engine) and for the path of the data.
         data_sha256: digest of the training records, which must be the same too.
 
     Raises :class:`~dp2vae_fast.runs.checkpoint.RunError`: the folder holds a run, another run, or cannot be written.
@@ -86,6 +86,9 @@ class RunFolder:
             for name, value in json.loads(json.dumps(config.to_dict()[table])).items()
             if name != "data" and known["config"][table].get(name) != value
         ]
+        engine = known["config"]["performance"]["engine"]  # what the report says of rounding depends on it
+        if engine != config.performance.engine:
+            differences.append(f"engine was {engine!r} and is now {config.performance.engine!r}")
         if differences:
             changed = "; ".join(differences)
             raise RunError(f"{folder} holds a run of another configuration ({changed}): train into a new folder")

@@ -45,7 +45,11 @@ class RunKeys:
         )
 
     def generator(self, purpose: str) -> torch.Generator:
-        """Public randomness (initial weights, reparametrisation): no guarantee rests on it."""
+        """Initial weights and reparametrisation noise.
+
+        The guarantee needs the latter to be independent of the records and unknown to whoever sees the release: latents
+        are drawn by place in the batch, and only while they are exchangeable does a record change nobody else's.
+        """
         seed = secrets.randbits(63) if self.seed is None else self._derive(purpose) % 2**63
         return torch.Generator().manual_seed(seed)
 

@@ -41,6 +41,7 @@ class Ledger:
     def __init__(self, path: Path | None = None) -> None:
         self._spent: dict[str, Mechanism] = {}
         self._before: dict[str, int] = {}
+        self._found: dict[str, int] = {}
         self._file: int | None = None
         self.key_number = -1
         self.replay = ""
@@ -66,6 +67,7 @@ class Ledger:
                 os.close(file)
                 raise RunError(f"{path} is damaged at record {number}: what was spent is unknown, train anew")
             self._apply(record)
+        self._found = {name: m.steps for name, m in self._spent.items()}  # perhaps drawn by an earlier process
         os.ftruncate(file, len(records) * RECORD)
         os.lseek(file, 0, os.SEEK_END)
         self._file = file
@@ -111,7 +113,8 @@ class Ledger:
 
     def settle(self, mechanism: Mechanism, steps: int) -> None:
         """Write the exact number of steps whose noise was drawn, at a clean stop of the process that reserved
-        them."""
+        them; never fewer than the file said when this process opened it."""
+        steps = max(steps, self._found.get(mechanism.name, 0))
         if steps < self.steps(mechanism.name):
             self._append(_spend(mechanism, steps))
 

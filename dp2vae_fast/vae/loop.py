@@ -94,7 +94,8 @@ def dp_sgd(
         keystream: noise and coins. Step s uses the s-th position of both, whoever has run the steps before.
         ledger: is told of a step before anything of it is drawn.
         engine: ``"fused"``, or ``"opacus"`` for the same loop through Opacus' own per-sample gradients.
-        physical_batch_size: rows in memory at a time; no influence on the result but rounding.
+        physical_batch_size: rows in memory at a time. It changes neither what is drawn nor what is accounted; the
+            result changes by rounding, and where ``record_losses`` draws by place, by what each row gets.
         first_step: how many steps count as spent already.
         on_step: hears of every finished step; what it raises ends the loop between two steps.
     """

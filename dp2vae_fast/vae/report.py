@@ -227,7 +227,7 @@ def headline(report: dict[str, Any]) -> str:
     """The guarantee, or that there is none, in one sentence."""
     bound, delta = report["epsilon"], report["delta"]
     if bound is not None:
-        return f"The released decoder is ({bound:.4g}, {delta:g})-differentially private for every record."
+        return f"The released decoder is ({bound:.4g}, {delta:g})-differentially private for every training record."
     given = report["epsilon_given_encoder"]
     if given is None:
         return "The released decoder is not private."
