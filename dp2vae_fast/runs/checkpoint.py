@@ -1,8 +1,8 @@
 """Files that are either whole or absent: atomic writes, checkpoints, and the identity of a run.
 
-A checkpoint holds the decoder, the optimizer, the step counts and the state of the generator of latents, which must
-stay as secret as the curator's other files; never a noise key. It is for the curator's eyes: intermediate weights are not
-covered by the report.
+A checkpoint holds the decoder, the optimizer, the step counts and the state of the generator of latents, which
+must stay as secret as the curator's other files; never a noise key. It is for the curator's eyes: intermediate
+weights are not covered by the report.
 """
 
 from __future__ import annotations
