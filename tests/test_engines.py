@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from dp2vae_fast.engine.keystream import Keystream
+from dp2vae_fast.engine.precision import sum_rounding
 from dp2vae_fast.runs.ledger import Ledger
 from dp2vae_fast.vae.loop import StepMechanism, dp_sgd, make_optimizer
 from dp2vae_fast.vae.losses import negative_elbo, negative_iwae, reconstruction
@@ -93,7 +94,8 @@ def test_both_engines_draw_the_same_noise():
     _, opacus = train("opacus", "mlp", "decoder", "sgd", torch.float64, noise=1.3)
     _, other = train("fused", "mlp", "decoder", "sgd", torch.float64, noise=1.3, seed=8)
     moved = (opacus - before).norm()
-    assert (fused - opacus).norm() <= 1e-9 * moved and (fused - other).norm() > 0.1 * moved
+    rounding = sum_rounding(10, torch.float64)  # by which the noise of "fused" is larger
+    assert (fused - opacus).norm() <= 2 * rounding * moved and (fused - other).norm() > 0.1 * moved
 
 
 @pytest.mark.parametrize("engine", ["fused", "opacus"])

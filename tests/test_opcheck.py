@@ -29,6 +29,7 @@ def arguments_of_every_op() -> dict[str, tuple]:
     return {
         "affine_grad_sample": (randn(2, 3, 4), randn(2, 3, 4)),
         "clip_factors": (randn(3, 2).square(), randn(3, 2).square(), 1.0),
+        "normalize_factors": (randn(3, 2).square(), randn(3, 2).square(), 1.0, 0.01),
         "conv_grad_sample": convolution,
         "conv_norm_sq": convolution,
         "embedding_norm_sq": (torch.tensor([[0, 1, 1], [2, 3, 0]]), randn(2, 3, 4), 3),

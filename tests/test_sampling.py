@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomS
 
 from dp2vae_fast import PrivacyEngine
 from dp2vae_fast.engine.keystream import Keystream, Stream
-from dp2vae_fast.engine.sampling import PoissonBatches, PoissonDataLoader, PoissonSampler
+from dp2vae_fast.engine.loader import PoissonDataLoader
+from dp2vae_fast.engine.sampling import PoissonBatches, PoissonSampler
 
 
 def stream(seed: int = 4) -> Stream:

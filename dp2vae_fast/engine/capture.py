@@ -1,7 +1,7 @@
 """The only place with hooks: what every layer saw in one backward pass, without its weight gradient.
 
 While a layer's forward runs, its trainable parameters are replaced by detached tensors, so that autograd computes
-input gradients only. An identity node on the layer's output (:class:`_Tap`) holds the layer's input and, in the
+input gradients only. An identity node on the layer's output (:mod:`.tap`) holds the layer's input and, in the
 backward pass, hands it on together with the output gradient. The layer's rule turns the pair into a per-sample
 :class:`~.gradients.Gradient`, and :class:`Capture` keeps the book: parameter -> its gradients, one entry a use.
 
@@ -11,53 +11,28 @@ What the taps cannot see must not pass in silence:
   clipped nor noised: its arrival raises;
 * a layer without a rule keeps parameters that autograd differentiates, and the two totals must agree;
 * the rows of every layer are counted against the inputs of the outermost call, so that positions or copies folded
-  into the batch axis are not taken for records of their own.
+  into the batch axis are not taken for records of their own;
+* the first batch's gradients are checked against autograd's own.
+
+:mod:`.guards` and :mod:`.verify` hold these checks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from . import fallback
+from . import fallback, guards
 from .gradients import Gradient, Kept, add
 from .layers import LayerRule, find_rule, is_cross_record
 from .plan import Plan
-
-
-def full_precision(tensors: Iterable[Tensor]) -> ExitStack:
-    """Context without autocast on the devices of ``tensors``: norms and sums keep float32 wherever the user's loop
-    stands."""
-    stack = ExitStack()
-    for kind in {x.device.type for x in tensors}:
-        if torch.is_autocast_enabled(kind):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-    return stack
-
-
-class _Tap(torch.autograd.Function):
-    """Identity on a layer's outputs; its backward reports (saved inputs, output gradients) and lets the gradients
-    pass."""
-
-    @staticmethod
-    def forward(ctx: Any, report: Callable, count: int, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        # `anchor` requires a gradient, so that the node exists even where the layer's input needs none.
-        ctx.report, ctx.count = report, count
-        ctx.save_for_backward(*tensors[count:])
-        return tuple(output.detach() for output in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *backprops: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        saved = ctx.saved_tensors
-        with full_precision(backprops):
-            ctx.report(saved, backprops)
-        return (None, None, None, *backprops, *(None for _ in saved))
+from .tap import Taps
+from .verify import FirstBatch
 
 
 class Capture:
@@ -68,10 +43,10 @@ class Capture:
         batch_first: False where every layer's input and output has the batch as its second axis.
         rows_per_record: consecutive rows of the batch that belong to one record (K samples of a latent, augmentations).
         plan: decides per parameter whether its gradients are formed and kept.
+        verify: check the first batch's gradients against autograd's (:mod:`.verify`): one more forward and backward.
 
-    Row i of every layer must be of record ``i // rows_per_record``, and the loss a sum or mean over records. A model
-    that reorders its rows, a layer whose input has no batch axis but happens to be as long as the batch, and a loss
-    that compares records look the same to the hooks as one that does not.
+    Row i of every layer must be of record ``i // rows_per_record``, and the loss a sum or mean over records: one that
+    compares records looks the same to the hooks.
 
     Raises:
         NotImplementedError: a layer in training mode mixes records (batch normalisation, running statistics).
@@ -85,6 +60,7 @@ class Capture:
         batch_first: bool = True,
         rows_per_record: int = 1,
         plan: Plan | None = None,
+        verify: bool = True,
     ) -> None:
         self.module = module
         self.batch_first = batch_first
@@ -98,13 +74,13 @@ class Capture:
         self._held: list[tuple[str, Tensor, int]] = []  # what the book's gradients are made from, and its version
         self._swapped: dict[nn.Module, dict[str, Tensor]] = {}
         self._guarded: set[Tensor] = set()
-        self._outermost: nn.Module | None = None
-        self._sizes: set[int] = set()
         self._suspended = False
-        self._anchor = torch.zeros((), requires_grad=True)
-        self._anchor_node = torch.autograd.graph.get_gradient_edge(self._anchor).node
+        self._taps = Taps()
+        self._rows = guards.Rows(0 if batch_first else 1)
+        self.first_batch = FirstBatch(0 if batch_first else 1, self._taps, wanted=verify)
         self._layers = set(module.modules())
         self._handles: list[Any] = []
+        self._first_handles: list[Any] = []  # until the first batch has been checked
         for layer in self._layers:
             hooks = (getattr(hook, "func", hook) for hook in layer._forward_pre_hooks.values())
             owners = (getattr(hook, "__self__", None) for hook in hooks)
@@ -112,9 +88,9 @@ class Capture:
                 raise ValueError("the module is private already: call cleanup() on what make_private returned for it")
         for name, layer in module.named_modules():
             if next(layer.buffers(recurse=False), None) is not None:
-                self._handles += self._watch_buffers(name, layer)
+                self._handles += guards.watch_buffers(name, layer, lambda: not self._suspended)
             if reason := is_cross_record(layer):
-                refuse = self._refuse_in_training(f"layer {name!r} ({type(layer).__name__}) {reason}")
+                refuse = guards.refuse_in_training(f"layer {name!r} ({type(layer).__name__}) {reason}")
                 refuse(layer, ())
                 self._handles.append(layer.register_forward_pre_hook(refuse))
             if layer is module or next(layer.children(), None) is not None:
@@ -132,6 +108,11 @@ class Capture:
                         self._leave(name, rule), prepend=True, with_kwargs=True, always_call=True
                     ),
                 ]
+                if verify and next(layer.children(), None) is None and layer is not module:
+                    self._first_handles += [
+                        layer.register_forward_pre_hook(self._begin_call, with_kwargs=True),
+                        layer.register_forward_hook(self._end_call, always_call=True),
+                    ]
         self._guard(self._names)
 
     @property
@@ -144,6 +125,10 @@ class Capture:
         if rows < 1:
             raise ValueError(f"rows_per_record is {rows}: give the number of rows of one record, at least 1")
         self.rows_per_record = rows
+
+    def name_of(self, parameter: Tensor) -> str:
+        """The parameter's name in the module."""
+        return self._names.get(parameter, "?")
 
     # The book ----------------------------------------------------------------------------------------------------
 
@@ -159,6 +144,8 @@ class Capture:
             RuntimeError: what they are made from has been overwritten since the backward pass.
         """
         changed = [name for name, tensor, version in self._held if tensor._version != version]
+        if self.first_batch.waiting and self._records and not changed:
+            self._check_first_batch()
         found = self.drop(parameters)
         if changed and any(found):
             raise RuntimeError(
@@ -166,9 +153,24 @@ class Capture:
                 "step first"
             )
         return [
-            None if uses is None else self.plan.realize(self._names.get(p, "?"), add(uses))
+            None if uses is None else self.plan.realize(self.name_of(p), add(uses))
             for p, uses in zip(parameters, found, strict=True)
         ]
+
+    def _check_first_batch(self) -> None:
+        """Compare the whole book with autograd, whichever part of it is asked for."""
+        found = {
+            name: (p, [self.plan.realize(name, g) for g in self._book.get(p, [])])
+            for p, name in self._names.items()
+            if p.requires_grad
+        }
+        self._suspended = True
+        try:
+            self.first_batch.check(found, self._records or 0, self.rows_per_record)
+        finally:
+            self._suspended = False
+        if not self.first_batch.waiting:
+            self._remove(self._first_handles)
 
     def drop(self, parameters: Sequence[Tensor]) -> list[list[Gradient] | None]:
         """Remove the gradients of ``parameters``, whatever has become of what they are made from."""
@@ -183,14 +185,20 @@ class Capture:
         self._book.clear()
         self._held.clear()
         self._records = None
+        self.first_batch.forget()
 
     def remove(self) -> None:
         """Take every hook off the module again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._remove(self._handles)
+        self._remove(self._first_handles)
         self._layers.clear()
         self.clear()
+
+    @staticmethod
+    def _remove(handles: list[Any]) -> None:
+        for handle in handles:
+            handle.remove()
+        handles.clear()
 
     def __deepcopy__(self, memo: dict) -> Capture:
         """The same: the copy of a captured module carries its hooks, which pass over layers that are not their own."""
@@ -198,70 +206,31 @@ class Capture:
 
     # The hooks ---------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _refuse_in_training(message: str) -> Callable:
-        def hook(layer: nn.Module, args: tuple) -> None:
-            if layer.training:
-                raise NotImplementedError(message)
-
-        return hook
-
-    def _watch_buffers(self, name: str, layer: nn.Module) -> list[Any]:
-        """Hooks that refuse a training forward which changes the layer's own buffers: what they remember of the
-        records would be released without noise."""
-        before: dict[str, tuple[Tensor, int]] = {}
-
-        def note(layer: nn.Module, args: tuple) -> None:
-            before.clear()
-            if layer.training and not self._suspended:
-                before.update(
-                    {
-                        key: (b, b._version)
-                        for key, b in layer._buffers.items()
-                        if b is not None and not b.is_inference()  # whose version nobody counts
-                    }
-                )
-
-        def compare(layer: nn.Module, args: tuple, output: Any) -> None:
-            for key, (buffer, version) in before.items():
-                if layer._buffers.get(key) is not buffer or buffer._version != version:
-                    raise NotImplementedError(
-                        f"layer {name!r} ({type(layer).__name__}) updates its buffer {key!r} in training mode: what it "
-                        "remembers of the records would be released without noise. Put the layer in eval mode"
-                    )
-
-        return [layer.register_forward_pre_hook(note), layer.register_forward_hook(compare)]
-
     def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before the root's or a container's forward: note the batch sizes of the outermost call."""
-        if self._suspended or module not in self._layers:
-            return
-        if self._outermost in (None, module):  # the same again: its last forward was interrupted
-            axis = 0 if self.batch_first else 1
-            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            self._outermost, self._sizes = module, {x.shape[axis] for x in tensors if x.dim() > axis}
+        """Before the root's or a container's forward."""
+        if not self._suspended and module in self._layers and self._rows.open(module, args, kwargs):
+            self._begin_call(module, args, kwargs)
 
-    def _close(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._outermost is module and not self._suspended:
-            self._outermost = None
+    def _close(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        return self._end_call(module, args, output) if self._suspended or self._rows.close(module) else None
 
-    def _check_rows(self, name: str, outputs: list[Tensor]) -> None:
-        """The rows of a layer's outputs must be those of the outermost call's inputs."""
-        axis = 0 if self.batch_first else 1
-        rows = {x.shape[axis] if x.dim() > axis else None for x in outputs}
-        possible = {size * factor for size in self._sizes for factor in (1, self.rows_per_record)}
-        if len(rows) != 1 or None in rows or (self._outermost is not None and possible and not rows & possible):
-            raise ValueError(
-                f"layer {name!r} returns {', '.join(str(tuple(x.shape)) for x in outputs)} in a call on "
-                f"{sorted(self._sizes)} rows: every layer must have the batch as its {'second' if axis else 'first'} "
-                f"axis, with rows_per_record = {self.rows_per_record} rows a record"
-            )
+    def _begin_call(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        """Before a call that no container's call surrounds."""
+        if self.first_batch.waiting and not self._suspended and self._rows.outermost in (None, module):
+            self.first_batch.begin(module, args, kwargs or {}, {p for p in self._names if p.requires_grad})
+
+    def _end_call(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self._suspended:
+            self.first_batch.note(module, output)
+        elif self.first_batch.waiting and self._rows.outermost is None:
+            return self.first_batch.end(output)
+        return None
 
     def _enter(self, name: str, own: list[str], differentiate: bool, layer: nn.Module, args: tuple) -> None:
         """Before a layer's forward: put stand-ins in place of its trainable parameters.
 
         They are detached, so that autograd forms no weight gradient; those of a layer without a rule it does
-        differentiate, for :meth:`_compare`.
+        differentiate, for :func:`~.guards.compare_totals`.
         """
         if self._suspended or layer not in self._layers or not torch.is_grad_enabled() or not layer.training:
             return
@@ -269,7 +238,7 @@ class Capture:
         if layer in self._swapped:  # its last forward was interrupted, or is still running: it calls itself
             for key in self._swapped[layer]:  # what that forward made of them is in no tap
                 if (leaf := layer._parameters[key]) is not None and leaf.requires_grad:
-                    leaf.register_post_accumulate_grad_hook(partial(self._compare, name, key, {}))
+                    leaf.register_post_accumulate_grad_hook(partial(guards.compare_totals, name, key, {}))
             layer._parameters.update(self._swapped.pop(layer))  # type: ignore[arg-type]
         trainable: dict[str, Tensor] = {
             key: p for key in own if (p := layer._parameters.get(key)) is not None and p.requires_grad
@@ -287,7 +256,7 @@ class Capture:
             for close_batch in {self.owners[p] for p in self._book if p in self.owners}:
                 close_batch()
             if self._records is not None:
-                names = ", ".join(repr(self._names.get(p, "?")) for p in self._book)
+                names = ", ".join(repr(self.name_of(p)) for p in self._book)
                 raise RuntimeError(
                     f"a second batch began before the first one's gradients were taken (of {names}): call step() or "
                     "zero_grad() of the optimizer that holds these parameters, or freeze them where none does"
@@ -307,7 +276,7 @@ class Capture:
             totals: dict[str, tuple[Tensor, float]] = {}
             for key, leaf in stand_ins.items():
                 if leaf.requires_grad:
-                    leaf.register_post_accumulate_grad_hook(partial(self._compare, name, key, totals))
+                    leaf.register_post_accumulate_grad_hook(partial(guards.compare_totals, name, key, totals))
             inputs, call_structure = tree_flatten((args, kwargs))
             outputs, output_structure = tree_flatten(output)
             is_tensor = [isinstance(x, Tensor) for x in inputs]
@@ -328,7 +297,7 @@ class Capture:
             tapped = [i for i, x in enumerate(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
             if not tapped:
                 return None
-            self._check_rows(name, [outputs[i] for i in tapped])
+            self._rows.check(name, [outputs[i] for i in tapped], self.rows_per_record)
             constants = [None if t else x for x, t in zip(inputs, is_tensor, strict=True)]
             device = outputs[tapped[0]].device
             precision = partial(
@@ -345,8 +314,7 @@ class Capture:
                         "create_graph=True (a gradient penalty) needs second derivatives, which have no per-sample "
                         "gradient: call the model in eval mode with its parameters frozen, or leave the penalty out"
                     )
-                # torch.autograd.grad with respect to an input passes through here too, and means no parameter.
-                if not torch._C._will_engine_execute_node(self._anchor_node):
+                if not self._taps.reaches_parameters():
                     return
                 rows = iter(saved)
                 leaves = [next(rows).detach() if t else x for x, t in zip(constants, is_tensor, strict=True)]
@@ -355,12 +323,7 @@ class Capture:
                 self._record(name, layer, rule or again, trainable, call, list(backprops))
 
             tensors = [x for x, t in zip(inputs, is_tensor, strict=True) if t]
-            anchor = self._anchor.to(device)
-            for i, x in zip(
-                tapped,
-                _Tap.apply(report, len(tapped), anchor, *(outputs[i] for i in tapped), *tensors),
-                strict=True,
-            ):
+            for i, x in zip(tapped, self._taps.on([outputs[i] for i in tapped], tensors, report), strict=True):
                 outputs[i] = x
             return tree_unflatten(outputs, output_structure)
 
@@ -423,7 +386,7 @@ class Capture:
         *_: Any,
     ) -> dict[str, Tensor]:
         """The rule of a layer that has none: run it again under the ``precision`` of its forward, and leave the
-        totals for :meth:`_compare`."""
+        totals for :func:`~.guards.compare_totals`."""
         if not self.batch_first:
             raise NotImplementedError(
                 f"layer {name!r} ({type(layer).__name__}) has no per-sample rule: batch_first=False needs one"
@@ -440,28 +403,10 @@ class Capture:
             totals[key] = (samples.sum(0), fallback.tolerance(samples, call, backprops))
         return found
 
-    def _compare(self, name: str, key: str, totals: dict[str, tuple[Tensor, float]], leaf: Tensor) -> None:
-        """Autograd's own gradient of a stand-in must be the total of the per-sample gradients found for it."""
-        total, leaf.grad = leaf.grad, None
-        found, tolerance = totals.pop(key, (torch.zeros_like(leaf), 0.0))
-        if total is not None and float((found - total).norm()) > tolerance:  # not so where they are NaN
-            raise NotImplementedError(
-                f"layer {name!r}: the per-sample gradients of parameter {key!r} do not add up to the batch's: the "
-                "layer does not treat records independently, or what it makes of the parameter is not in the tensors "
-                "that it returns. Register a rule with register_layer_rule, or freeze the parameter"
-            )
-
     def _guard(self, parameters: Iterable[Tensor]) -> None:
         """Refuse ordinary gradients of ``parameters``, such as were unfrozen since the last call included."""
         for p in parameters:
             if p.requires_grad and p not in self._guarded:
                 self._guarded.add(p)
-                self._handles.append(p.register_post_accumulate_grad_hook(self._refuse_unseen_use))
-
-    def _refuse_unseen_use(self, parameter: Tensor) -> None:
-        parameter.grad = None
-        raise NotImplementedError(
-            f"parameter {self._names.get(parameter, '?')!r} was used outside its own layer's forward (functional "
-            "weight tying, a penalty on weights, a layer in eval mode under gradients): such a use has no per-sample "
-            "gradient. Call the layer itself, use the optimizer's weight_decay, or freeze the parameter"
-        )
+                refuse = guards.refuse_unseen_use(self.name_of(p), lambda: not self._suspended)
+                self._handles.append(p.register_post_accumulate_grad_hook(refuse))

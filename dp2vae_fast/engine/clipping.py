@@ -1,46 +1,278 @@
-"""Clipping: from the gradients of a batch to one factor a record, and the sensitivity that follows."""
+"""Clipping: from the gradients of a batch to one factor a record, and the sensitivity that follows.
+
+A clipping mode answers four questions: by what is each record's gradient scaled, how much can one record then change
+the sum, how much of the noise is left for that sum, and what is the bound of the next step.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .gradients import Gradient
+from .gradients import Gradient, Kept
+from .keystream import Stream
+
+# Where the error bound of a squared norm is more than this part of it, the norm is taken again in float64: otherwise
+# the record would be clipped by more than half of that too short.
+_LOOSE = 0.01
+# Part of float32's error bound that a norm taken again still counts. The sum over records relies on it
+# (`precision.sum_rounding`).
+_STILL_COUNTED = 1 / 16
+_GRAM_NUMBERS = 2**22  # float64 numbers of Gram matrices held at a time
 
 
-@dataclass(frozen=True)
+def bounded_norms(gradients: Sequence[Gradient], harmless: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Squared norms ``[L, N]`` of L parameters' gradients and bounds ``[L, N]`` of their errors.
+
+    A record whose errors are large beside its norm, as where a Gram sum cancels, is taken again in float64; each
+    record by what it is itself, whatever else is in the batch. One whose bound is no longer than ``harmless`` is
+    left alone.
+    """
+    terms = [g.norm_sq() for g in gradients]
+    dtype = torch.float64 if any(n.dtype == torch.float64 for n, _ in terms) else torch.float32
+    norm_sq, error = torch.stack([n.to(dtype) for n, _ in terms]), torch.stack([e.to(dtype) for _, e in terms])
+    total, uncertain = norm_sq.sum(0), error.sum(0)
+    loose = (uncertain > _LOOSE * total) & (total + uncertain > harmless**2) & uncertain.isfinite()
+    if dtype == torch.float64 or not bool(loose.any()):
+        return norm_sq, error
+    for row, gradient in enumerate(gradients):
+        if isinstance(gradient, Kept):
+            continue
+        again = (loose & (error[row] > _LOOSE / len(gradients) * total)).nonzero().flatten()
+        for records in again.split(max(1, _GRAM_NUMBERS // gradient.cost().positions ** 2)):
+            exact, exact_error = gradient.in_float64(records).norm_sq()
+            error[row, records] = torch.maximum(
+                _STILL_COUNTED * error[row, records], (exact_error + 2.0**-23 * exact).to(dtype)
+            )
+            norm_sq[row, records] = exact.to(dtype)
+    return norm_sq, error
+
+
+@dataclass
 class FlatClipping:
     """Every record's gradient, over all parameters together, is scaled to norm at most ``max_grad_norm``.
 
     Args:
         count_rounding: divide by an upper bound of the norm (as computed, plus a bound of its rounding error)
-            instead of the
-            norm as computed. Off, a record may exceed the bound by rounding: for comparisons only.
+            instead of the norm as computed. Off, a record may exceed the bound by rounding: for comparisons only.
     """
 
     count_rounding: bool = True
 
     def sensitivity(self, max_grad_norm: float) -> float:
-        """Largest change of the clipped sum, in Euclidean norm, when one record is added or removed.
-
-        Covers each record's contribution with the arithmetic that forms it; the rounding of the addition over
-        records is not included.
-        """
+        """Largest norm of one record's part of the sum."""
         return max_grad_norm
 
-    def factors(self, gradients: list[Gradient], max_grad_norm: float, scale: float = 1.0) -> Tensor:
+    def factors(
+        self,
+        gradients: Mapping[int, Gradient],
+        max_grad_norm: float,
+        scale: float = 1.0,
+        mask: Tensor | None = None,
+    ) -> dict[int, Tensor]:
         """Weights ``[N]`` for the gradients as captured, such that ``weight * gradient`` is ``c_n * scale * gradient``.
 
         Args:
-            gradients: those of all parameters, each of the same N records.
+            gradients: those of the parameters that were used, by place in the optimizer, each of the same N records.
             max_grad_norm: the bound C; ``c_n = min(1, C / |scale * g_n|)``, 0 for a record that is not finite.
             scale: what the captured gradients must be multiplied with to be those of one record's loss.
+            mask: bool ``[N]``, False for padding, whose weight is 0.
         """
-        terms = [g.norm_sq() for g in gradients]
-        dtype = torch.float64 if any(n.dtype == torch.float64 for n, _ in terms) else torch.float32
-        norm_sq = torch.stack([n.to(dtype) for n, _ in terms])
-        error = torch.stack([e.to(dtype) for _, e in terms]) if self.count_rounding else torch.zeros_like(norm_sq)
-        return scale * ops.clip_factors(norm_sq, error, max_grad_norm / scale)
+        return dict.fromkeys(gradients, self._of_group(list(gradients.values()), max_grad_norm, scale, mask))
+
+    def _of_group(self, gradients: list[Gradient], bound: float, scale: float, mask: Tensor | None) -> Tensor:
+        norm_sq, error = bounded_norms(gradients, self._harmless(bound / scale))
+        if not self.count_rounding:
+            error = torch.zeros_like(error)
+        factors = self._rule(norm_sq, error, bound, scale)
+        return factors if mask is None else torch.where(mask.to(factors.device), factors, 0.0)
+
+    def _harmless(self, bound: float) -> float:
+        """Norm up to which a record's factor does not depend on its norm."""
+        return bound
+
+    def _rule(self, norm_sq: Tensor, error: Tensor, bound: float, scale: float) -> Tensor:
+        return scale * ops.clip_factors(norm_sq, error, bound / scale)
+
+    # For modes that spend a part of the noise elsewhere or move the bound; nothing to do for the others.
+
+    def gradient_noise_multiplier(self, noise_multiplier: float) -> float:
+        """Noise multiplier left for the sum of gradients, where a whole step may spend ``noise_multiplier``."""
+        return noise_multiplier
+
+    def next_bound(self, max_grad_norm: float, records: float) -> float:
+        """The bound of the next step, after one on ``records`` expected records."""
+        return max_grad_norm
+
+    def forget(self) -> None:
+        """The pending sum was dropped: drop what belongs to it."""
+
+
+@dataclass
+class AutomaticClipping(FlatClipping):
+    """Every record's gradient is scaled to nearly ``max_grad_norm``, short ones too (Bu, Wang, Zha and Karypis 2023).
+
+    Args:
+        stability: added to the norm, in units of the gradient of one record's loss; gradients much shorter than that
+            stay short.
+    """
+
+    stability: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.stability < math.inf:
+            raise ValueError(f"stability is {self.stability}: it must be positive and finite")
+
+    def _harmless(self, bound: float) -> float:
+        return 0.0
+
+    def _rule(self, norm_sq: Tensor, error: Tensor, bound: float, scale: float) -> Tensor:
+        return ops.normalize_factors(norm_sq, error, bound, self.stability / scale)
+
+
+@dataclass
+class GroupClipping(FlatClipping):
+    """Each group of parameters has a bound of its own ("per layer"); the record's whole gradient then is at most
+    ``sqrt(sum of their squares)`` long, which is the optimizer's ``max_grad_norm``.
+
+    Args:
+        groups: for each parameter, in the order of the optimizer, the number of its group.
+        bounds: for each group its bound; a schedule of ``max_grad_norm`` scales all of them.
+    """
+
+    groups: Sequence[int] = ()
+    bounds: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        if not self.bounds or not all(0.0 < b < math.inf for b in self.bounds):
+            raise ValueError(f"max_grad_norm is {list(self.bounds)}: every bound must be positive and finite")
+
+    @property
+    def max_grad_norm(self) -> float:
+        """The bound of all groups together."""
+        return math.hypot(*self.bounds)
+
+    @classmethod
+    def of(
+        cls, names: Sequence[str], bounds: float | Sequence[float] | Mapping[str, float], **options
+    ) -> GroupClipping:
+        """From what a user writes.
+
+        Args:
+            names: the parameters of the optimizer, in its order.
+            bounds: one bound a parameter; or ``{name or prefix of names up to a dot: bound of all these together}``,
+                the longest prefix first; or one number for the whole, split equally among the parameters.
+        """
+        if isinstance(bounds, Mapping):
+            prefixes = sorted(bounds, key=len, reverse=True)
+
+            def group(name: str) -> int:
+                found = [p for p in prefixes if not p or name == p or name.startswith(p + ".")]
+                if not found:
+                    raise ValueError(f"max_grad_norm names no group for parameter {name!r}: add it, or a prefix of it")
+                return prefixes.index(found[0])
+
+            groups = [group(name) for name in names]
+            if unused := [p for i, p in enumerate(prefixes) if i not in groups]:
+                raise ValueError(f"max_grad_norm names {unused[0]!r}, which is no trainable parameter: remove it")
+            return cls(groups=groups, bounds=[float(bounds[p]) for p in prefixes], **options)
+        if isinstance(bounds, Sequence):
+            if len(bounds) != len(names):
+                raise ValueError(
+                    f"max_grad_norm has {len(bounds)} bounds for {len(names)} trainable parameters: give one for each"
+                )
+            return cls(groups=range(len(names)), bounds=[float(b) for b in bounds], **options)
+        return cls(groups=range(len(names)), bounds=[bounds / math.sqrt(len(names))] * len(names), **options)
+
+    def factors(
+        self,
+        gradients: Mapping[int, Gradient],
+        max_grad_norm: float,
+        scale: float = 1.0,
+        mask: Tensor | None = None,
+    ) -> dict[int, Tensor]:
+        members: dict[int, dict[int, Gradient]] = {}
+        for place, gradient in gradients.items():
+            members.setdefault(self.groups[place], {})[place] = gradient
+        found: dict[int, Tensor] = {}
+        for group, own in members.items():
+            share = self.bounds[group] / self.max_grad_norm * (1 - 2.0**-50)  # rounding included
+            found |= dict.fromkeys(own, self._of_group(list(own.values()), share * max_grad_norm, scale, mask))
+        return found
+
+
+@dataclass
+class AdaptiveClipping(FlatClipping):
+    """Flat clipping whose bound follows a quantile of the gradient norms (Andrew, Thakkar, McMahan and Ramaswamy 2021).
+
+    After every step ``C <- C exp(-learning_rate (fraction - target_quantile))`` with the noisy fraction of records that
+    were not clipped. Each record counts as 1/2 or -1/2, so that its sensitivity is 1/2; the count's noise has standard
+    deviation ``count_noise``, and the step as a whole is one Gaussian mechanism of the given noise multiplier z if the
+    gradients get ``(z^-2 - (2 count_noise)^-2)^(-1/2)`` of it. The fraction is over the *public* expected batch size.
+
+    Args:
+        stream: where the count's noise comes from.
+        target_quantile: fraction of records that should not be clipped.
+        learning_rate: of the bound's logarithm.
+        count_noise: standard deviation of the noise of the count, in records; more than half the noise multiplier.
+        smallest, largest: public limits of the bound.
+    """
+
+    stream: Stream | None = None
+    target_quantile: float = 0.5
+    learning_rate: float = 0.2
+    count_noise: float = 10.0
+    smallest: float = 1e-3
+    largest: float = 1e3
+    _count: float = field(default=0.0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.smallest < self.largest < math.inf:
+            raise ValueError(
+                f"min_clipbound is {self.smallest}, max_clipbound {self.largest}: give 0 < min < max, finite"
+            )
+        if not 0.0 <= self.target_quantile <= 1.0:
+            raise ValueError(f"target_unclipped_quantile is {self.target_quantile}: it is a fraction between 0 and 1")
+        if not 0.0 < self.count_noise < math.inf:
+            raise ValueError(f"unclipped_num_std is {self.count_noise}: it must be positive and finite")
+
+    def factors(
+        self,
+        gradients: Mapping[int, Gradient],
+        max_grad_norm: float,
+        scale: float = 1.0,
+        mask: Tensor | None = None,
+    ) -> dict[int, Tensor]:
+        found = super().factors(gradients, max_grad_norm, scale, mask)
+        factors = next(iter(found.values()))
+        unclipped = int((factors >= scale).sum())
+        self._count += unclipped - 0.5 * (len(factors) if mask is None else int(mask.sum()))
+        return found
+
+    def gradient_noise_multiplier(self, noise_multiplier: float) -> float:
+        if noise_multiplier == 0.0:
+            return 0.0
+        left = noise_multiplier**-2 - (2 * self.count_noise) ** -2
+        if left <= 0.0:
+            raise ValueError(
+                f"noise_multiplier is {noise_multiplier}, which the count's own noise uses up: raise unclipped_num_std "
+                f"({self.count_noise}) above {noise_multiplier / 2:g}"
+            )
+        return left**-0.5
+
+    def next_bound(self, max_grad_norm: float, records: float) -> float:
+        assert self.stream is not None
+        count = torch.tensor([self._count], dtype=torch.float64)
+        self.stream.add_noise_([count], self.count_noise)
+        self._count = 0.0
+        fraction = float(count) / records + 0.5
+        moved = max_grad_norm * math.exp(-self.learning_rate * (fraction - self.target_quantile))
+        return min(max(moved, self.smallest), self.largest)
+
+    def forget(self) -> None:
+        self._count = 0.0

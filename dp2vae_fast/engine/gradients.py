@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .precision import RECORDS_PER_SUM
 
 # An addition of the pixel-Gram combine pass, in multiply-adds of a matrix product: it moves bytes where a product
 # does arithmetic.
@@ -37,8 +38,16 @@ class Gradient(Protocol):
         """The gradients themselves, ``[N, *parameter shape]``, in float32 or wider."""
         ...
 
-    def weighted_sum(self, factors: Tensor) -> Tensor:
-        """``sum_n factors[n] gradient[n]``, of the parameter's shape, in float32 or wider."""
+    def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """``sum_n factors[n] gradient[n]``, of the parameter's shape, in float32 or wider.
+
+        ``dtype``: in which products over several positions are multiplied and added up; sums over records alone are
+        formed in parts (:mod:`.precision`).
+        """
+        ...
+
+    def in_float64(self, records: Tensor) -> Gradient:
+        """The given records (indices) alone, with operands in float64."""
         ...
 
     def without(self, records: Tensor) -> Gradient:
@@ -61,14 +70,28 @@ class Cost:
     numbers: int  # elements of one record's gradient
     form: int  # multiply-adds to form it, which is also what its share of the weighted sum takes
     gram: int  # multiply-adds of its norm by Gram matrices
+    positions: int = 1  # T, over which a product sums
 
 
 def _zeroed(x: Tensor, records: Tensor) -> Tensor:
     return x.masked_fill(records.reshape(-1, *[1] * (x.dim() - 1)), 0)
 
 
-def _scaled(x: Tensor, factors: Tensor) -> Tensor:
-    return ops.widen(x) * factors.reshape(-1, *[1] * (x.dim() - 1))
+def _scaled(x: Tensor, factors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    x = ops.widen(x) if dtype is None else x.to(torch.promote_types(dtype, x.dtype))
+    return x * factors.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def _in_parts(factors: Tensor, values: Tensor) -> Tensor:
+    """``factors^T values`` for ``[N, P]`` and ``[N, D]``, in parts of few records that are added in float64."""
+    if len(values) <= RECORDS_PER_SUM:
+        return factors.T @ values
+    total: Tensor | None = None
+    for left, right in zip(factors.split(RECORDS_PER_SUM), values.split(RECORDS_PER_SUM), strict=True):
+        part = left.T @ right
+        total = part.double() if total is None else total.add_(part)
+    assert total is not None
+    return total
 
 
 @dataclass(frozen=True)
@@ -87,11 +110,13 @@ class Kept:
     def grad_sample(self) -> Tensor:
         return ops.widen(self.values)
 
-    def weighted_sum(self, factors: Tensor) -> Tensor:
+    def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         values = self.grad_sample()
-        return (factors.to(values.dtype) @ values.reshape(self.records, math.prod(values.shape[1:]))).reshape(
-            values.shape[1:]
-        )
+        flat = values.reshape(self.records, math.prod(values.shape[1:]))
+        return _in_parts(factors.to(values.dtype).unsqueeze(1), flat).reshape(values.shape[1:])
+
+    def in_float64(self, records: Tensor) -> Kept:
+        return Kept(self.values[records].double())
 
     def without(self, records: Tensor) -> Kept:
         return Kept(_zeroed(self.values, records))
@@ -121,9 +146,14 @@ class LinearProduct:
     def grad_sample(self) -> Tensor:
         return ops.linear_grad_sample(self.activations, self.backprops)
 
-    def weighted_sum(self, factors: Tensor) -> Tensor:
-        backprops = _scaled(self.backprops, factors).flatten(0, 1)
-        return backprops.T @ self.activations.flatten(0, 1).to(backprops.dtype)
+    def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        one_position = self.activations.shape[1] == 1
+        backprops = _scaled(self.backprops, factors, None if one_position else dtype).flatten(0, 1)
+        activations = self.activations.flatten(0, 1).to(backprops.dtype)
+        return _in_parts(backprops, activations) if one_position else backprops.T @ activations
+
+    def in_float64(self, records: Tensor) -> LinearProduct:
+        return LinearProduct(self.activations[records].double(), self.backprops[records].double())
 
     def without(self, records: Tensor) -> LinearProduct:
         return LinearProduct(_zeroed(self.activations, records), _zeroed(self.backprops, records))
@@ -136,7 +166,7 @@ class LinearProduct:
 
     def cost(self) -> Cost:
         (_, t, d), p = self.activations.shape, self.backprops.shape[2]
-        return Cost(d * p, form=t * d * p, gram=t * t * (d + p) if t > 1 else d + p)
+        return Cost(d * p, form=t * d * p, gram=t * t * (d + p) if t > 1 else d + p, positions=t)
 
 
 @dataclass(frozen=True)
@@ -175,8 +205,8 @@ class ConvProduct:
     def grad_sample(self) -> Tensor:
         return ops.conv_grad_sample(*self._arguments())
 
-    def weighted_sum(self, factors: Tensor) -> Tensor:
-        backprops, g = _scaled(self.backprops, factors), self.geometry
+    def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        backprops, g = _scaled(self.backprops, factors, dtype), self.geometry
         if self.records == 0:
             return backprops.new_zeros(g.weight_shape)
         weight = backprops.new_empty(1).expand(g.weight_shape)  # only its shape is read
@@ -195,6 +225,9 @@ class ConvProduct:
         )
         return gradient
 
+    def in_float64(self, records: Tensor) -> ConvProduct:
+        return replace(self, activations=self.activations[records].double(), backprops=self.backprops[records].double())
+
     def without(self, records: Tensor) -> ConvProduct:
         return replace(self, activations=_zeroed(self.activations, records), backprops=_zeroed(self.backprops, records))
 
@@ -208,7 +241,7 @@ class ConvProduct:
         phases = math.prod(min(s, k) for s, k in zip(g.stride, g.weight_shape[2:], strict=True))
         numbers = math.prod(g.weight_shape)
         products = plain.shape[1] + phases * spread.shape[1] + _COMBINE * taps * g.groups
-        return Cost(numbers, form=positions * numbers, gram=positions**2 * products)
+        return Cost(numbers, form=positions * numbers, gram=positions**2 * products, positions=positions)
 
 
 @dataclass(frozen=True)
@@ -234,9 +267,12 @@ class EmbeddingProduct:
         kept = backprops.masked_fill((self.indices == self.padding_idx).unsqueeze(2), 0)
         return dense.scatter_add_(1, self.indices.unsqueeze(2).expand_as(backprops), kept)
 
-    def weighted_sum(self, factors: Tensor) -> Tensor:
-        backprops = _scaled(self.backprops, factors)
+    def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        backprops = _scaled(self.backprops, factors, dtype)
         return torch.ops.aten.embedding_dense_backward(backprops, self.indices, self.entries, self.padding_idx, False)
+
+    def in_float64(self, records: Tensor) -> EmbeddingProduct:
+        return replace(self, indices=self.indices[records], backprops=self.backprops[records].double())
 
     def without(self, records: Tensor) -> EmbeddingProduct:
         return replace(self, backprops=_zeroed(self.backprops, records))
@@ -249,7 +285,7 @@ class EmbeddingProduct:
 
     def cost(self) -> Cost:
         (_, t, d) = self.backprops.shape
-        return Cost(self.entries * d, form=t * d, gram=t * t * d)
+        return Cost(self.entries * d, form=t * d, gram=t * t * d, positions=t)
 
 
 def add(gradients: list[Gradient]) -> Gradient:

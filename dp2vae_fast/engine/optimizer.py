@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import ops
-from .capture import Capture, full_precision
+from .capture import Capture
 from .clipping import FlatClipping
 from .keystream import Stream
+from .precision import full_precision, sum_rounding
 from .update import FusedUpdate
 
 
@@ -31,19 +32,26 @@ class DPOptimizer(OpacusDPOptimizer):
 
     Guarantees:
         No record contributes more than ``max_grad_norm`` to the sum, over all parameters of this optimizer
-        together. A record whose gradient is not finite contributes exactly zero; an empty batch contributes zero,
-        and its step is noised and counted.
+        together, and none changes the sum as rounded by more than :meth:`sensitivity`. A record whose gradient is not
+        finite contributes exactly zero; an empty batch contributes zero, and its step is noised and counted.
 
     Args:
         optimizer: the inner optimizer; its state and param_groups stay its own.
         noise_multiplier: standard deviation of the noise in units of the sensitivity; 0 for none (no privacy).
         max_grad_norm: bound of each record's gradient norm, in units of the gradient of one record's loss.
-        expected_batch_size: public divisor; required for ``loss_reduction="mean"``.
+        expected_batch_size: public number of records that a batch is expected to have: the divisor of
+            ``loss_reduction="mean"``, and what the rounding of the sum is bounded by.
         loss_reduction: how the user's loss combines records, "mean" or "sum".
         capture: where per-sample gradients come from.
         stream: where noise comes from.
         clipping: from squared norms to factors; flat clipping unless given.
         materialize_grad: keep the private gradient in ``p.grad`` and call the inner optimizer's own ``step``.
+        sum_dtype: in which gradients of layers that use their weight at several positions are multiplied and added
+            up. float32 is faster, on GPUs without fast float64 by far, and leaves the rounding of these sums out of
+            :meth:`sensitivity`.
+
+    Attributes:
+        padded: every physical batch is announced by :meth:`next_physical_batch`; one that is not raises.
     """
 
     def __init__(
@@ -58,7 +66,12 @@ class DPOptimizer(OpacusDPOptimizer):
         stream: Stream,
         clipping: FlatClipping | None = None,
         materialize_grad: bool = False,
+        sum_dtype: torch.dtype = torch.float64,
     ) -> None:
+        if expected_batch_size is None:
+            raise ValueError("expected_batch_size is missing: give the public number of records expected in a batch")
+        if sum_dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"sum_dtype is {sum_dtype}: choose torch.float64 or torch.float32")
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -70,6 +83,9 @@ class DPOptimizer(OpacusDPOptimizer):
         self.capture = capture
         self.stream = stream
         self.clipping = clipping or FlatClipping()
+        self.sum_dtype = sum_dtype
+        self.padded = False
+        self._mask: Tensor | None = None
         self.update = None if materialize_grad else FusedUpdate.of(optimizer)
         self._sums: dict[Tensor, Tensor] = {}
         self._batches = 0
@@ -85,12 +101,20 @@ class DPOptimizer(OpacusDPOptimizer):
         return max(1, self._batches)
 
     def sensitivity(self) -> float:
-        """Bound of one record's contribution to the sum that the noise is added to (add or remove one record).
+        """How far adding or removing one record can move the sum that the noise is added to, in Euclidean norm.
 
-        While a sum is pending it is the largest bound that a part of it was clipped to, should a schedule lower
+        That is the clipping bound, and a little more for the rounding of the sum (:func:`~.precision.sum_rounding`).
+        While a sum is pending the bound is the largest that a part of it was clipped to, should a schedule lower
         ``max_grad_norm`` between physical batches.
         """
-        return max(self._bound, self.clipping.sensitivity(self.max_grad_norm))
+        bound = max(self._bound, self.clipping.sensitivity(self.max_grad_norm))
+        exact = all(p.dtype == torch.float64 for p in self.params)
+        return bound * (1.0 + sum_rounding(self._expected_records, torch.float64 if exact else torch.float32))
+
+    @property
+    def _expected_records(self) -> float:
+        assert self.expected_batch_size is not None
+        return self.expected_batch_size * self.accumulated_iterations
 
     def clip_and_accumulate(self) -> None:
         """Clip the captured gradients and add them to the pending sum."""
@@ -98,22 +122,37 @@ class DPOptimizer(OpacusDPOptimizer):
             self._clip_and_accumulate()
 
     def _clip_and_accumulate(self) -> None:
-        records = self.capture.records
+        records, (mask, self._mask) = self.capture.records, (self._mask, None)
         gradients = self.capture.take(self.params)
         self._batches += 1
-        used = [(p, g) for p, g in zip(self.params, gradients, strict=True) if g is not None]
+        used = {place: g for place, g in enumerate(gradients) if g is not None}
         if not records or not used:
             return
+        if self.padded and mask is None:
+            raise RuntimeError(
+                "a padded batch without its mask, whose padding would count as records: take the batches from the "
+                "data loader that make_private returned, one step each and without BatchMemoryManager"
+            )
+        if mask is not None and len(mask) != records:
+            raise ValueError(f"the mask has {len(mask)} rows, the batch {records} records: give one bool a record")
         scale = records if self.loss_reduction == "mean" else 1  # undo the mean's division by this batch's own size
-        factors = self.clipping.factors([g for _, g in used], self.max_grad_norm, scale)
-        dropped = factors == 0
-        if bool(dropped.any()):  # 0 * inf is NaN: what is dropped must be zero before it is weighted
-            used = [(p, g.without(dropped)) for p, g in used]
-        self._bound = self.sensitivity()
-        for p, g in used:
-            weighted = g.weighted_sum(factors)
+        factors = self.clipping.factors(used, self.max_grad_norm, scale, mask)
+        self._bound = max(self._bound, self.clipping.sensitivity(self.max_grad_norm))
+        dropped = {id(f): f == 0 for f in factors.values()}
+        dropped = {key: records for key, records in dropped.items() if bool(records.any())}
+        for place, g in used.items():
+            p, f = self.params[place], factors[place]
+            if id(f) in dropped:  # 0 * inf is NaN: what is dropped must be zero before it is weighted
+                g = g.without(dropped[id(f)])
+            weighted = g.weighted_sum(f, self.sum_dtype)
             pending = self._sums.get(p)
-            self._sums[p] = weighted if pending is None else pending.add_(weighted)
+            self._sums[p] = weighted if pending is None else pending.double().add_(weighted)
+
+    def next_physical_batch(self, mask: Tensor, last: bool) -> None:
+        """Announce a padded batch: ``mask`` bool ``[N]``, False where a row is padding; ``last``: its draw ends here,
+        and with it the step."""
+        self._mask = mask
+        self.signal_skip_step(do_skip=not last)
 
     def begin_pass(self) -> bool:
         """A new pass over the data begins. True if that cut a draw short between its physical batches.
@@ -135,7 +174,7 @@ class DPOptimizer(OpacusDPOptimizer):
             return False
         self.add_noise()
         self.scale_grad()
-        self._forget_sums()
+        self._end_step()
         return True
 
     @torch.no_grad()
@@ -151,10 +190,10 @@ class DPOptimizer(OpacusDPOptimizer):
             self.update.step(
                 dict(zip(self.params, self._pending_sums(), strict=True)),
                 stream=self.stream,
-                std=self.noise_multiplier * self.sensitivity(),
+                std=self._noise_std(),
                 scale=self._scale(),
             )
-            self._forget_sums()
+            self._end_step()
         return None
 
     def add_noise(self) -> None:
@@ -163,7 +202,7 @@ class DPOptimizer(OpacusDPOptimizer):
         if self.noise_multiplier > 0:
             every = [p for group in self.param_groups for p in group["params"]]
             indices = [i for i, p in enumerate(every) if p.requires_grad]  # as the update in one pass numbers them
-            self.stream.add_noise_(sums, self.noise_multiplier * self.sensitivity(), indices)
+            self.stream.add_noise_(sums, self._noise_std(), indices)
         for p, total in zip(self.params, sums, strict=True):
             p.grad = total.to(p.dtype)
 
@@ -183,8 +222,13 @@ class DPOptimizer(OpacusDPOptimizer):
 
     # ---------------------------------------------------------------------------------------------------------------
 
+    def _end_step(self) -> None:
+        self.max_grad_norm = self.clipping.next_bound(self.max_grad_norm, self._expected_records)
+        self._forget_sums()
+
     def _forget_sums(self) -> None:
         self._sums.clear()
+        self.clipping.forget()
         self._batches = 0
         self._bound = 0.0
 
@@ -208,13 +252,22 @@ class DPOptimizer(OpacusDPOptimizer):
         if not 0.0 <= self.noise_multiplier < math.inf:
             raise ValueError(f"noise_multiplier is {self.noise_multiplier}: it must be finite and not negative")
 
+        self.clipping.gradient_noise_multiplier(self.noise_multiplier)
+
+    def _noise_std(self) -> float:
+        return self.clipping.gradient_noise_multiplier(self.noise_multiplier) * self.sensitivity()
+
     def _scale(self) -> float:
-        if self.loss_reduction == "sum" or self.expected_batch_size is None:
+        if self.loss_reduction == "sum":
             return 1.0
-        return 1.0 / (self.expected_batch_size * self.accumulated_iterations)
+        return 1.0 / self._expected_records
 
     def _pending_sums(self) -> list[Tensor]:
-        return [self._sums[p] if p in self._sums else ops.widen(torch.zeros_like(p)) for p in self.params]
+        wide = [ops.widen(torch.empty(0, dtype=p.dtype)).dtype for p in self.params]
+        return [
+            self._sums[p].to(dtype) if p in self._sums else torch.zeros_like(p, dtype=dtype)
+            for p, dtype in zip(self.params, wide, strict=True)
+        ]
 
     def _close_batch(self) -> None:
         """A second batch begins before a step: true accumulation, where sampling allows it."""

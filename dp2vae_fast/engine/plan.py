@@ -12,12 +12,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .gradients import Cost, Gradient, Kept
+from .precision import MAX_POSITIONS
 
 Method = Literal["product", "kept"]
 
 # Cost of writing and reading back one number of a kept gradient, in multiply-adds of a matrix product. Measured on
 # a two-core x86-64 CPU on transposed convolutions of 16 to 1024 positions; it only moves the crossover.
 _KEPT_NUMBER = 60.0
+# From so many positions on, float32 Gram norms of incoherent gradients have error bounds above one per cent, and are
+# mostly taken again in float64 (`clipping.bounded_norms`): what that costs, in Gram norms of float32.
+_LOOSE_POSITIONS, _REPEATED = 256, 3.0
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,10 @@ class Plan:
         return Kept(gradient.grad_sample()) if choice.method == "kept" else gradient
 
     def _choose(self, parameter: str, c: Cost) -> Choice:
-        product = float(c.form + c.gram)
+        product = c.form + c.gram * (_REPEATED if c.positions >= _LOOSE_POSITIONS else 1.0)
         kept = c.form + _KEPT_NUMBER * c.numbers
         kept_bytes = 4 * c.numbers
         cheaper: Method = "kept" if kept < product and kept_bytes <= self.max_kept_bytes else "product"
+        if c.positions > MAX_POSITIONS:
+            cheaper = "kept"
         return Choice(parameter, self.forced.get(parameter, cheaper), c, product, kept, kept_bytes)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import opacus
+import torch
 from opacus.accountants import create_accountant
+from opacus.accountants.utils import get_noise_multiplier
 from opacus.grad_sample.gsm_base import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer as OpacusDPOptimizer
 from torch import nn
@@ -15,13 +18,21 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from .capture import Capture
-from .clipping import FlatClipping
+from .clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, GroupClipping
 from .keystream import Keystream
+from .loader import PoissonDataLoader, public_rate
 from .module import FusedGradSampleHooks, FusedGradSampleModule
 from .optimizer import DPOptimizer
-from .sampling import PoissonDataLoader
 
 FUSED = "fused"
+# Opacus' names of the options of adaptive clipping, and ours.
+_ADAPTIVE = {
+    "target_unclipped_quantile": "target_quantile",
+    "clipbound_learning_rate": "learning_rate",
+    "min_clipbound": "smallest",
+    "max_clipbound": "largest",
+    "unclipped_num_std": "count_noise",
+}
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -54,36 +65,152 @@ class PrivacyEngine(opacus.PrivacyEngine):
         self.dataset = None
         self.keystream = keystream or Keystream.secret()
         self._fused = True
+        self._loader_options: dict[str, int | None] = {}
         if secure_mode and self.keystream.source != "secret":
             raise ValueError("secure_mode=True needs a secret keystream: pass Keystream.secret() or none")
         self._captures: weakref.WeakKeyDictionary[nn.Module, Capture] = weakref.WeakKeyDictionary()
 
-    def make_private(self, *, grad_sample_mode: str = FUSED, **kwargs: Any) -> Any:
-        """Opacus' ``make_private``; see there for the arguments and returns.
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        criterion: Any = None,
+        data_loader: DataLoader,
+        noise_multiplier: float,
+        max_grad_norm: float | Sequence[float] | Mapping[str, float],
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        poisson_sampling: bool = True,
+        clipping: str = "flat",
+        noise_generator: torch.Generator | None = None,
+        grad_sample_mode: str = FUSED,
+        wrap_model: bool = True,
+        rand_on_empty: bool = False,
+        dataset_size: int | None = None,
+        physical_batch_size: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Make module, optimizer and data loader private; the user's loop stays as it is.
 
-        In mode ``"fused"`` it takes ``rows_per_record``, ``materialize_grad`` and ``count_rounding`` too
-        (:class:`~.capture.Capture`, :class:`~.optimizer.DPOptimizer`, :class:`~.clipping.FlatClipping`).
+        Args:
+            module: the model. Its gradients must come from the loss of a batch alone.
+            optimizer: over parameters of ``module``.
+            criterion: for Opacus' mode "ghost", whose backward pass it replaces; not used in mode "fused".
+            data_loader: gives batches of records.
+            noise_multiplier: standard deviation of the noise in units of the optimizer's ``sensitivity()``.
+            max_grad_norm: bound of a record's gradient norm. With ``clipping="per_layer"`` one bound a trainable
+                parameter, a dictionary of bounds by name or prefix of names, or one number that is split among them.
+            batch_first: False where every layer has the batch as its second axis.
+            loss_reduction: how the user's loss combines records, "mean" or "sum".
+            poisson_sampling: draw every record on its own coin. False leaves the loader as it is, and the accountant's
+                assumption unmet.
+            clipping: "flat", "per_layer", "automatic" or "adaptive" (:mod:`.clipping`).
+            noise_generator: derive the key of the noise from it, for reproducible runs.
+            grad_sample_mode: "fused", or one of Opacus' own.
+            wrap_model: False puts the hooks on ``module`` itself, and returns an object for taking them off.
+            rand_on_empty: only False in mode "fused", which takes empty batches as they are.
+            dataset_size: public number that stands for that of the records
+                (:meth:`~.loader.PoissonDataLoader.from_data_loader`).
+            physical_batch_size: yield padded batches of this many rows, several a step where a draw is larger. Padding
+                contributes nothing; ``data_loader.mask`` says which rows are padding.
+            options: of mode "fused": ``rows_per_record`` and ``verify_first_step`` (:class:`~.capture.Capture`),
+                ``materialize_grad`` and ``sum_dtype`` (:class:`~.optimizer.DPOptimizer`), ``count_rounding``; with
+                clipping "automatic" ``stability``; with clipping "adaptive", as in Opacus,
+                ``target_unclipped_quantile``, ``clipbound_learning_rate``, ``min_clipbound``, ``max_clipbound``,
+                ``unclipped_num_std`` (:class:`~.clipping.AdaptiveClipping`).
+
+        Returns:
+            ``(module, optimizer, data_loader)``; for Opacus' mode "ghost" ``(module, optimizer, criterion,
+            data_loader)``.
 
         Raises:
-            ValueError: ``noise_generator`` in secure mode; optimizer parameters that are not the module's.
-            NotImplementedError: a layer that mixes records, or a clipping mode or wrapper that fused mode does not
-            have.
+            ValueError: ``noise_generator`` in secure mode; optimizer parameters that are not the module's; an option
+                out of range.
+            TypeError: an option that nothing takes.
+            NotImplementedError: a layer that mixes records; what fused mode does not have.
         """
         self._select(grad_sample_mode)
-        parts: Any = super().make_private(grad_sample_mode=grad_sample_mode, **kwargs)
-        if self._fused:
-            _, optimizer, data_loader = parts
-            # int(N * (1 / batches)), which Opacus takes, is one too low for many N.
-            optimizer.expected_batch_size = len(data_loader.dataset) // len(data_loader)
-            if isinstance(data_loader, PoissonDataLoader):
-                data_loader.batch_sampler.begin_pass = optimizer.begin_pass  # type: ignore[union-attr]
+        common: dict[str, Any] = dict(
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            batch_first=batch_first,
+            loss_reduction=loss_reduction,
+            poisson_sampling=poisson_sampling,
+            clipping=clipping,
+            noise_generator=noise_generator,
+            grad_sample_mode=grad_sample_mode,
+            wrap_model=wrap_model,
+            rand_on_empty=rand_on_empty,
+        )
+        if criterion is not None:
+            common["criterion"] = criterion
+        if grad_sample_mode != FUSED:
+            if dataset_size is not None or physical_batch_size is not None:
+                raise NotImplementedError("dataset_size and physical_batch_size need grad_sample_mode='fused'")
+            return super().make_private(**common, **options)
+        if not poisson_sampling and (dataset_size is not None or physical_batch_size is not None):
+            raise ValueError("dataset_size and physical_batch_size are for Poisson sampling: set poisson_sampling=True")
+        self._loader_options = {"dataset_size": dataset_size, "physical_batch_size": physical_batch_size}
+        try:
+            parts: Any = super().make_private(**common, **options)
+        finally:
+            self._loader_options = {}
+        _, private_optimizer, loader = parts
+        if isinstance(loader, PoissonDataLoader):
+            self._join(private_optimizer, loader)
+        else:  # Opacus takes int(N * (1 / batches)), which is one too low for many N
+            private_optimizer.expected_batch_size = len(loader.dataset) // len(loader)
         return parts
 
-    def make_private_with_epsilon(self, *, grad_sample_mode: str = FUSED, **kwargs: Any) -> Any:
-        """Opacus' ``make_private_with_epsilon``: the noise multiplier follows from a target (epsilon, delta) and
-        epochs."""
-        self._select(grad_sample_mode)
-        return super().make_private_with_epsilon(grad_sample_mode=grad_sample_mode, **kwargs)
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader,
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float | Sequence[float] | Mapping[str, float],
+        epsilon_tolerance: float = 0.01,
+        **options: Any,
+    ) -> Any:
+        """:meth:`make_private` with the noise multiplier that spends (target_epsilon, target_delta) in ``epochs``.
+
+        Args:
+            epochs: passes over the data loader.
+            epsilon_tolerance: by how much the noise multiplier may fall short of using up the target.
+            options: all other arguments of :meth:`make_private`.
+        """
+        rate, steps = 1 / len(data_loader), len(data_loader)
+        if (size := options.get("dataset_size")) is not None:
+            rate, steps = public_rate(data_loader, size)
+        if len(self.accountant) > 0:
+            warnings.warn(
+                "this PrivacyEngine has counted steps already: the noise multiplier for target_epsilon leaves them "
+                "out, and the total will be higher",
+                stacklevel=2,
+            )
+        noise_multiplier = get_noise_multiplier(
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            sample_rate=rate,
+            steps=epochs * steps,
+            accountant=self.accountant.mechanism(),
+            epsilon_tolerance=epsilon_tolerance,
+        )
+        return self.make_private(
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            **options,
+        )
 
     def privatize(
         self,
@@ -170,9 +297,6 @@ class PrivacyEngine(opacus.PrivacyEngine):
             return super()._prepare_optimizer(optimizer=optimizer, grad_sample_mode=grad_sample_mode, **kwargs)
         if kwargs.pop("distributed", False):
             raise NotImplementedError("grad_sample_mode='fused' runs in one process so far: use Opacus' modes with DDP")
-        clipping = kwargs.pop("clipping", "flat")
-        if clipping != "flat":
-            raise NotImplementedError(f"grad_sample_mode='fused' has clipping='flat' only, not {clipping!r}")
         kwargs.pop("secure_mode", None)
         generator = kwargs.pop("noise_generator", None)
         keystream = self.keystream if generator is None else Keystream.from_generator(generator)
@@ -180,13 +304,32 @@ class PrivacyEngine(opacus.PrivacyEngine):
             optimizer = optimizer.original_optimizer
         capture = self._capture_of(optimizer)
         capture.set_rows_per_record(kwargs.pop("rows_per_record", 1))
-        return DPOptimizer(
-            optimizer,
-            capture=capture,
-            stream=keystream.stream("DP-SGD"),
-            clipping=FlatClipping(count_rounding=kwargs.pop("count_rounding", True)),
-            **kwargs,
-        )
+        if not kwargs.pop("verify_first_step", True):
+            capture.first_batch.waiting = False
+        kwargs["clipping"], kwargs["max_grad_norm"] = self._clipping(capture, optimizer, keystream, kwargs)
+        return DPOptimizer(optimizer, capture=capture, stream=keystream.stream("DP-SGD"), **kwargs)
+
+    def _clipping(
+        self, capture: Capture, optimizer: Optimizer, keystream: Keystream, options: dict[str, Any]
+    ) -> tuple[FlatClipping, float]:
+        """The clipping mode that ``options`` ask for, with its own options taken out of them; and its first bound."""
+        mode, bound = options.pop("clipping", "flat"), options["max_grad_norm"]
+        common = {"count_rounding": options.pop("count_rounding", True)}
+        if mode == "per_layer":
+            trainable = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            clipping = GroupClipping.of([capture.name_of(p) for p in trainable], bound, **common)
+            return clipping, clipping.max_grad_norm
+        if isinstance(bound, Sequence | Mapping):
+            raise ValueError(f"max_grad_norm has several bounds, clipping={mode!r} takes one: use 'per_layer'")
+        if mode == "flat":
+            return FlatClipping(**common), bound
+        if mode == "automatic":
+            own = {"stability": options.pop("stability")} if "stability" in options else {}
+            return AutomaticClipping(**common, **own), bound
+        if mode == "adaptive":
+            own = {ours: options.pop(theirs) for theirs, ours in _ADAPTIVE.items() if theirs in options}
+            return AdaptiveClipping(stream=keystream.stream("clipping bound"), **common, **own), bound
+        raise ValueError(f"clipping is {mode!r}: choose 'flat', 'per_layer', 'automatic' or 'adaptive'")
 
     def _prepare_data_loader(self, data_loader: DataLoader, *, poisson_sampling: bool, **kwargs: Any) -> DataLoader:
         if not self._fused:
@@ -204,10 +347,23 @@ class PrivacyEngine(opacus.PrivacyEngine):
         self.dataset = data_loader.dataset
         if not poisson_sampling:
             return data_loader
-        stream = self.keystream.stream("Poisson sampling")
-        return PoissonDataLoader.from_data_loader(data_loader, stream, batch_first=kwargs.get("batch_first", True))
+        return PoissonDataLoader.from_data_loader(
+            data_loader,
+            self.keystream.stream("Poisson sampling"),
+            batch_first=kwargs.get("batch_first", True),
+            **self._loader_options,
+        )
 
     # ---------------------------------------------------------------------------------------------------------------
+
+    def _join(self, optimizer: DPOptimizer, loader: PoissonDataLoader) -> None:
+        """What the loader knows of its draws and the optimizer must."""
+        optimizer.expected_batch_size = loader.expected_batch_size
+        optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=loader.sample_rate))
+        loader.draws.begin_pass = optimizer.begin_pass
+        if loader.is_padded:
+            optimizer.padded = True
+            loader.on_batch = optimizer.next_physical_batch
 
     def _select(self, grad_sample_mode: str) -> None:
         self._fused = grad_sample_mode == FUSED

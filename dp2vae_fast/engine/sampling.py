@@ -1,8 +1,7 @@
 """Poisson sampling: every record enters every batch with the same public probability, on its own coin.
 
-A draw has a random size. For a user's ``DataLoader`` it becomes one batch of that size (:class:`PoissonSampler`);
-for a loop over tensors it becomes physical batches of one fixed shape with a mask (:class:`PoissonBatches`). A
-draw is never truncated and never
+A draw has a random size. For a loop over tensors it becomes physical batches of one fixed shape with a mask
+(:class:`PoissonBatches`); for a user's ``DataLoader``, see :mod:`.loader`. A draw is never truncated and never
 skipped: an empty one is an empty batch, or one that is all padding.
 """
 
@@ -13,9 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from opacus.data_loader import wrap_collate_with_empty
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import Sampler
 
 from .keystream import Stream
 
@@ -105,54 +103,3 @@ class PoissonSampler(Sampler[list[int]]):
                     "its rest cannot be told from the next draw. Finish one pass before the next, or use another loader"
                 )
             yield self.stream.poisson(self.num_samples, self.sample_rate).tolist()
-
-
-class PoissonDataLoader(DataLoader):
-    """A ``DataLoader`` whose batches are Poisson draws, otherwise as the one it is made from.
-
-    The sampling rate is one over the number of batches of the original loader, and a pass has as many steps as
-    that loader had.
-    """
-
-    sample_rate: float
-
-    @classmethod
-    def from_data_loader(cls, loader: DataLoader, stream: Stream, *, batch_first: bool = True) -> PoissonDataLoader:
-        """Replace the sampler of ``loader``; everything else is kept.
-
-        Raises:
-            ValueError: an iterable data set, which has no records to draw from; a loader without a batch, or with
-                a sampler that leaves records out.
-        """
-        if isinstance(loader.dataset, IterableDataset):
-            raise ValueError(
-                "Poisson sampling needs a data set with a length and an index: convert the IterableDataset"
-            )
-        if len(loader) == 0:
-            raise ValueError(
-                "the data loader has no batch: the data set is smaller than one batch and drop_last is set"
-            )
-        size = len(loader.dataset)  # type: ignore[arg-type]
-        if loader.batch_sampler is None or len(loader.sampler) != size:  # type: ignore[arg-type]
-            raise ValueError(
-                f"the data loader does not give all {size} records of its data set, in batches, and Poisson "
-                "sampling would draw from all of them: give it a torch.utils.data.Subset and a batch_size"
-            )
-        collate = wrap_collate_with_empty(collate_fn=loader.collate_fn, batch_first=batch_first)
-        collate([loader.dataset[0]])  # it learns what a batch looks like, should the first draw be empty
-        rate = 1 / len(loader)
-        private = cls(
-            loader.dataset,
-            batch_sampler=PoissonSampler(stream, dataset_size=size, sample_rate=rate, steps=len(loader)),
-            collate_fn=collate,
-            num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=loader.generator,
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=loader.persistent_workers,
-        )
-        private.sample_rate = rate
-        return private

@@ -7,7 +7,7 @@ Ops know nothing of modules, optimizers or privacy accounting, and may be used a
 import torch
 
 from dp2vae_fast.ops._op import backend, backends_table, load_triton
-from dp2vae_fast.ops.clip import clip_factors
+from dp2vae_fast.ops.clip import clip_factors, normalize_factors
 from dp2vae_fast.ops.noise import add_noise_, noise_adam_, noise_sgd_, random_words
 from dp2vae_fast.ops.norm import (
     affine_grad_sample,
@@ -35,6 +35,7 @@ __all__ = [
     "linear_norm_sq",
     "noise_adam_",
     "noise_sgd_",
+    "normalize_factors",
     "per_dim",
     "random_words",
     "widen",

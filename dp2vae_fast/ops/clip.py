@@ -8,6 +8,15 @@ from torch import Tensor
 from ._op import op
 
 
+def _norm_bound(norm_sq: Tensor, error: Tensor) -> tuple[Tensor, float]:
+    """Norms ``[N]`` that the exact ones do not exceed, and the factor by which to round down what divides by them.
+
+    L additions, one square root, one division and the later product c * g each round once.
+    """
+    bound_sq = norm_sq.sum(0) + error.sum(0)
+    return bound_sq.sqrt(), 1.0 - (norm_sq.shape[0] + 6) * torch.finfo(bound_sq.dtype).eps
+
+
 @op()
 def clip_factors(norm_sq: Tensor, error: Tensor, max_grad_norm: float) -> Tensor:
     """Factor by which each record's gradient is scaled so that its norm is at most ``max_grad_norm``.
@@ -23,8 +32,20 @@ def clip_factors(norm_sq: Tensor, error: Tensor, max_grad_norm: float) -> Tensor
         A record whose sum is not finite gets exactly 0 (mask its rows too before a weighted sum: 0 * inf is NaN).
         A zero norm gets 1. N = 0 gives an empty tensor.
     """
-    bound_sq = norm_sq.sum(0) + error.sum(0)
-    # L additions, one square root, one division and the later product c * g each round once.
-    rounding = 1.0 - (norm_sq.shape[0] + 6) * torch.finfo(bound_sq.dtype).eps
-    factors = (max_grad_norm * rounding / bound_sq.sqrt()).clamp(max=1.0)
-    return torch.where(bound_sq.isfinite(), factors, 0.0)
+    bound, rounding = _norm_bound(norm_sq, error)
+    factors = (max_grad_norm * rounding / bound).clamp(max=1.0)
+    return torch.where(bound.isfinite(), factors, 0.0)
+
+
+@op()
+def normalize_factors(norm_sq: Tensor, error: Tensor, max_grad_norm: float, stability: float) -> Tensor:
+    """Factor by which each record's gradient is scaled to nearly ``max_grad_norm``, short ones too.
+
+    ``c[n] = max_grad_norm / (sqrt(sum_l norm_sq[l, n] + error[l, n]) + stability)``, rounded down: the normalisation
+    of automatic clipping (Bu, Wang, Zha and Karypis 2023).
+
+    Shapes, guarantee and edge cases:
+        as :func:`clip_factors`, but a zero norm gets ``max_grad_norm / stability``.
+    """
+    bound, rounding = _norm_bound(norm_sq, error)
+    return torch.where(bound.isfinite(), max_grad_norm * rounding / (bound + stability), 0.0)

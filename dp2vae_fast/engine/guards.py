@@ -1,0 +1,119 @@
+"""What must not pass in silence while gradients are captured, one guard each.
+
+A guard is a hook, or a check that a hook calls; it raises where a record's gradient would be lost, counted twice or
+mixed with another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+def refuse_in_training(message: str) -> Callable[[nn.Module, tuple], None]:
+    """Forward pre-hook of a layer that mixes records in training mode."""
+
+    def hook(layer: nn.Module, args: tuple) -> None:
+        if layer.training:
+            raise NotImplementedError(message)
+
+    return hook
+
+
+def watch_buffers(name: str, layer: nn.Module, watching: Callable[[], bool]) -> list[Any]:
+    """Hooks that refuse a training forward which changes the layer's own buffers: what they remember of the records
+    would be released without noise."""
+    before: dict[str, tuple[Tensor, int]] = {}
+
+    def note(layer: nn.Module, args: tuple) -> None:
+        before.clear()
+        if layer.training and watching():
+            for key, buffer in layer._buffers.items():
+                if buffer is not None and not buffer.is_inference():  # whose version nobody counts
+                    before[key] = (buffer, buffer._version)
+
+    def compare(layer: nn.Module, args: tuple, output: Any) -> None:
+        for key, (buffer, version) in before.items():
+            if layer._buffers.get(key) is not buffer or buffer._version != version:
+                raise NotImplementedError(
+                    f"layer {name!r} ({type(layer).__name__}) updates its buffer {key!r} in training mode: what it "
+                    "remembers of the records would be released without noise. Put the layer in eval mode"
+                )
+
+    return [layer.register_forward_pre_hook(note), layer.register_forward_hook(compare)]
+
+
+def refuse_unseen_use(name: str, watching: Callable[[], bool]) -> Callable[[Tensor], None]:
+    """Hook on a parameter: an ordinary gradient that arrives there is neither clipped nor noised."""
+
+    def hook(parameter: Tensor) -> None:
+        if not watching():
+            return
+        parameter.grad = None
+        raise NotImplementedError(
+            f"parameter {name!r} was used outside its own layer's forward (functional weight tying, a penalty on "
+            "weights, a layer in eval mode under gradients): such a use has no per-sample gradient. Call the layer "
+            "itself, use the optimizer's weight_decay, or freeze the parameter"
+        )
+
+    return hook
+
+
+def compare_totals(name: str, key: str, totals: dict[str, tuple[Tensor, float]], leaf: Tensor) -> None:
+    """Autograd's own gradient of a stand-in must be the total of the per-sample gradients found for it.
+
+    Args:
+        totals: ``{parameter: (total found, tolerance)}``, an entry of which is used up.
+    """
+    total, leaf.grad = leaf.grad, None
+    found, tolerance = totals.pop(key, (torch.zeros_like(leaf), 0.0))
+    if total is not None and float((found - total).norm()) > tolerance:  # not so where they are NaN
+        raise NotImplementedError(
+            f"layer {name!r}: the per-sample gradients of parameter {key!r} do not add up to the batch's: the "
+            "layer does not treat records independently, or what it makes of the parameter is not in the tensors "
+            "that it returns. Register a rule with register_layer_rule, or freeze the parameter"
+        )
+
+
+class Rows:
+    """Counts the rows of every layer against the inputs of the outermost call, so that positions or copies folded
+    into the batch axis are not taken for records of their own."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+        self.outermost: nn.Module | None = None
+        self._sizes: set[int] = set()
+
+    def open(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
+        """A call of the root or a container begins; true if it is the outermost."""
+        if self.outermost not in (None, module):  # the same again: its last forward was interrupted
+            return False
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        self.outermost, self._sizes = module, {x.shape[self.axis] for x in tensors if x.dim() > self.axis}
+        return True
+
+    def close(self, module: nn.Module) -> bool:
+        """A call ends; true if it was the outermost."""
+        if self.outermost is not module:
+            return False
+        self.outermost = None
+        return True
+
+    def check(self, name: str, outputs: list[Tensor], rows_per_record: int) -> None:
+        """The rows of a layer's outputs must be those of the outermost call's inputs.
+
+        Raises:
+            ValueError: they are not.
+        """
+        rows = {x.shape[self.axis] if x.dim() > self.axis else None for x in outputs}
+        possible = {size * factor for size in self._sizes for factor in (1, rows_per_record)}
+        if len(rows) != 1 or None in rows or (self.outermost is not None and possible and not rows & possible):
+            raise ValueError(
+                f"layer {name!r} returns {', '.join(str(tuple(x.shape)) for x in outputs)} in a call on "
+                f"{sorted(self._sizes)} rows: every layer must have the batch as its "
+                f"{'second' if self.axis else 'first'} axis, with rows_per_record = {rows_per_record} rows a record"
+            )

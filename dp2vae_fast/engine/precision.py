@@ -1,0 +1,56 @@
+"""In which precision sums over records are formed, and how far their rounding can move them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+# A sum over more records than these is formed in parts, so that no term passes through many additions.
+RECORDS_PER_SUM = 128
+# A draw has more records than `records_at_most` with a probability below this.
+_DRAW_TAIL = 2.0**-64
+# Positions that a product over positions may have: more are not planned for, and would need huge Gram matrices.
+MAX_POSITIONS = 2**14
+
+
+def full_precision(tensors: Iterable[Tensor]) -> ExitStack:
+    """Context without autocast on the devices of ``tensors``: norms and sums keep float32 wherever the user's loop
+    stands."""
+    stack = ExitStack()
+    for kind in {x.device.type for x in tensors}:
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
+
+
+def records_at_most(expected: float) -> int:
+    """Records that a Poisson draw of ``expected`` ones exceeds with probability below 2^-64.
+
+    Chernoff's bound ``P(X >= m + t) <= exp(-t^2 / (2 (m + t/3)))`` for any sum of independent coins of mean m.
+    """
+    tail = -math.log(_DRAW_TAIL)
+    return math.ceil(expected + tail / 3 + math.sqrt((tail / 3) ** 2 + 2 * tail * expected))
+
+
+def sum_rounding(expected_records: float, dtype: torch.dtype = torch.float32) -> float:
+    """How far rounding can move the clipped sum when one record joins or leaves, in units of the clipping bound C.
+
+    Every term ``c_n g_n`` is at most C long and passes through at most h additions, so either of the two sums is off
+    by at most ``h u`` times the sum of their lengths (Higham, *Accuracy and Stability of Numerical Algorithms*, ch. 4):
+    ``2 h u B`` together, for at most B records and the unit roundoff u of ``dtype``. Records are added in parts of
+    :data:`RECORDS_PER_SUM`, parts and physical batches in float64, and the total is rounded once:
+    ``h = RECORDS_PER_SUM + 4``.
+
+    Products over several positions are summed in float64. There a term is not a record's contribution but a part of
+    it, and parts may cancel: the lengths of a record's T parts add up to at most ``C / sqrt(2 T u / 16)``, since its
+    clip factor counts at least a sixteenth of float32's error bound ``2 T u (sum of lengths)^2`` (:mod:`.clipping`).
+    With ``h = B T`` additions of unit roundoff 2^-53 that is the second term.
+    """
+    records = records_at_most(expected_records)
+    unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
+    products = records * 2.0**-53 * math.sqrt(MAX_POSITIONS * 16 / (2 * 2.0**-24))
+    return 1.01 * 2 * records * ((RECORDS_PER_SUM + 4) * unit + products)

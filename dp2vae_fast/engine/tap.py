@@ -1,0 +1,49 @@
+"""An identity node in the autograd graph that reports the gradients which pass through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .precision import full_precision
+
+Report = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], None]
+
+
+class _Identity(torch.autograd.Function):
+    """Identity on a call's outputs; its backward reports (saved tensors, output gradients) and lets the gradients
+    pass."""
+
+    @staticmethod
+    def forward(ctx: Any, report: Report, count: int, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # `anchor` requires a gradient, so that the node exists even where the call's input needs none.
+        ctx.report, ctx.count = report, count
+        ctx.save_for_backward(*tensors[count:])
+        return tuple(output.detach() for output in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *backprops: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        saved = ctx.saved_tensors
+        with full_precision(backprops):
+            ctx.report(saved, backprops)
+        return (None, None, None, *backprops, *(None for _ in saved))
+
+
+class Taps:
+    """Puts taps on outputs, and knows a backward pass towards parameters from one towards inputs only."""
+
+    def __init__(self) -> None:
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._node = torch.autograd.graph.get_gradient_edge(self._anchor).node
+
+    def on(self, outputs: Sequence[Tensor], saved: Sequence[Tensor], report: Report) -> tuple[Tensor, ...]:
+        """``outputs`` again; when a backward pass comes through, ``report(saved, output gradients)`` is called."""
+        return _Identity.apply(report, len(outputs), self._anchor.to(outputs[0].device), *outputs, *saved)
+
+    def reaches_parameters(self) -> bool:
+        """Inside a backward pass: false under ``torch.autograd.grad`` with respect to inputs alone, which passes
+        through the taps too and means no parameter."""
+        return torch._C._will_engine_execute_node(self._node)

@@ -1,0 +1,240 @@
+"""The first batch's gradients, checked once against autograd's own.
+
+Hooks see what layers are called with; they cannot see what else a model does. So the first batch is run again, with
+the hooks at rest and the same random numbers, and differentiated by autograd with the rows of the output's gradient
+weighted by random signs, one a record. The same signs weight the captured gradients. Where rows change places inside
+the model, a layer works on something else than records, or records are mixed, the two differ.
+
+What this cannot see is outside the model: a loss that compares records gives each row a gradient that depends on the
+others, before the model's part begins.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .gradients import Gradient
+from .tap import Taps
+
+# How far the two may be apart: a part of the norm that a sum of randomly signed gradients has, and a part of the whole
+# model's for parameters whose gradient is nothing but rounding.
+_AGREEMENT = {torch.float64: (1e-6, 1e-9), torch.float32: (1e-2, 1e-4)}
+_COARSE = (0.2, 1e-2)  # float16 and bfloat16, autocast included
+
+
+@dataclass
+class _Call:
+    """One outermost call of the first batch, as it can be run again."""
+
+    module: nn.Module
+    args: tuple
+    kwargs: dict
+    trainable: set[Tensor]
+    random: dict[torch.device, Tensor]
+    autocast: Callable[[], torch.autocast]
+    tapped: list[int] = field(default_factory=list)  # which leaves of the output
+    outputs: list[Tensor] = field(default_factory=list)  # as they were, to know them again
+    backprops: list[Tensor] = field(default_factory=list)
+
+
+class _CannotRepeat(Exception):
+    """Why a call cannot be run again as it was."""
+
+
+class FirstBatch:
+    """Remembers the outermost calls of the first batch that is differentiated, and checks its gradients.
+
+    Attributes:
+        waiting: no batch has been checked yet.
+    """
+
+    def __init__(self, axis: int, taps: Taps, *, wanted: bool = True) -> None:
+        self.axis = axis
+        self.waiting = wanted
+        self._taps = taps
+        self._open: _Call | None = None
+        self._without_graph: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._calls: list[_Call] = []
+        self._repeating: _Call | None = None
+        self._repeated: list[Any] = []
+
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict, trainable: set[Tensor]) -> None:
+        """An outermost call begins, under which ``trainable`` are the parameters with gradients."""
+        self._open = None
+        if not torch.is_grad_enabled():
+            self._without_graph.add(module)
+            return
+        # Inside a backward pass it is a checkpoint's recomputation, which counts where nothing was seen the first time.
+        if torch._C._current_graph_task_id() != -1 and module not in self._without_graph:
+            return
+        leaves, _ = tree_flatten((args, kwargs))
+        device = next((x.device for x in leaves if isinstance(x, Tensor)), torch.device("cpu"))
+        # Contiguous: PyTorch 2.13 crashes in the backward pass of a GroupNorm that comes first on channels-last images.
+        args, kwargs = tree_map(
+            lambda x: x.detach().clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x,
+            (args, kwargs),
+        )
+        dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+        self._open = _Call(
+            module,
+            args,
+            kwargs,
+            trainable,
+            _random_states(device),
+            lambda: torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False),
+        )
+
+    def end(self, output: Any) -> Any:
+        """The outermost call ends; its output again, tapped."""
+        call, self._open = self._open, None
+        if call is None or output is None:
+            return None
+        leaves, structure = tree_flatten(output)
+        call.tapped = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+        if not call.tapped:
+            return None
+        call.outputs = [leaves[i].detach().clone() for i in call.tapped]
+
+        def report(_: tuple[Tensor, ...], backprops: tuple[Tensor, ...]) -> None:
+            if not self.waiting or not self._taps.reaches_parameters():
+                return
+            if call.backprops:  # a second loss on the same forward
+                backprops = tuple(a + b for a, b in zip(call.backprops, backprops, strict=True))
+            else:
+                self._calls.append(call)
+            call.backprops = [b.detach() for b in backprops]
+
+        for i, x in zip(call.tapped, self._taps.on([leaves[i] for i in call.tapped], [], report), strict=True):
+            leaves[i] = x
+        return structure.unflatten(leaves)
+
+    def note(self, module: nn.Module, output: Any) -> None:
+        """While a call is run again: a container returned ``output``; hooks that came later may still change it."""
+        if self._repeating is not None and module is self._repeating.module:
+            self._repeated, _ = tree_flatten(output)
+
+    def forget(self) -> None:
+        """The batch's gradients were dropped."""
+        self._calls.clear()
+
+    def check(self, found: Mapping[str, tuple[Tensor, Sequence[Gradient]]], records: int, rows_per_record: int) -> None:
+        """Compare, once; a batch with a record whose gradient is not finite is left to the next one.
+
+        Args:
+            found: ``{name: (parameter, its captured gradients, one entry a use)}``, of all trainable parameters.
+            records: N of the batch, at least 1.
+
+        Raises:
+            NotImplementedError: a parameter's gradients are not autograd's.
+        """
+        calls, self._calls = self._calls, []
+        sizes = [sum((float(torch.stack(g.norm_sq()).sum()) for g in uses), 0.0) ** 0.5 for _, uses in found.values()]
+        if not calls or not all(size < float("inf") for size in sizes):
+            return
+        self.waiting = False
+        signs = (torch.randint(2, (records,), generator=torch.Generator().manual_seed(0)) * 2 - 1).float()
+        rows = signs.repeat_interleave(rows_per_record)
+        if not all(x.dim() > self.axis and x.shape[self.axis] == len(rows) for call in calls for x in call.outputs):
+            signs, rows = torch.ones(records), None  # a loss computed inside the model, say: the plain total
+        parameters = [p for p, _ in found.values()]
+        want = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+        coarse = False
+        try:
+            for call in calls:
+                for total, gradient in zip(want, self._repeat(call, parameters, rows), strict=True):
+                    total += 0 if gradient is None else gradient
+                coarse |= call.autocast()._enabled
+        except _CannotRepeat as reason:
+            warnings.warn(
+                f"the first batch's gradients could not be checked against autograd's: {reason}. Pass "
+                "verify_first_step=False once you have checked them yourself",
+                stacklevel=2,
+            )
+            return
+        whole = sum(size**2 for size in sizes) ** 0.5
+        for (name, (p, uses)), total, size in zip(found.items(), want, sizes, strict=True):
+            share, floor = _COARSE if coarse else _AGREEMENT.get(p.dtype, _COARSE)
+            weights = signs.to(p.device)
+            distance = float((sum((g.weighted_sum(weights) for g in uses), torch.zeros_like(total)) - total).norm())
+            if not distance <= share * size + floor * whole:
+                raise NotImplementedError(
+                    f"the captured gradients of parameter {name!r} are not autograd's (off by {distance:.3g} of "
+                    f"{size:.3g}): the model reorders its rows, mixes records, uses the parameter where no hook sees "
+                    "it, or one of its layers works on something else than records. Let every layer have the batch "
+                    "as its first axis, register a rule with register_layer_rule, or freeze the parameter"
+                )
+
+    def _repeat(self, call: _Call, parameters: list[Tensor], rows: Tensor | None) -> list[Tensor | None]:
+        """Autograd's gradients of ``parameters`` from one call, with its output gradients weighted by ``rows``."""
+        used = [p for p in parameters if p in call.trainable]
+        if not used:
+            return [None] * len(parameters)
+        self._repeating, self._repeated = call, []
+        try:
+            with torch.enable_grad(), torch.random.fork_rng([d for d in call.random if d.type != "cpu"]):
+                _set_random_states(call.random)
+                with call.autocast():
+                    call.module(*call.args, **call.kwargs)
+                outputs = [self._repeated[i] for i in call.tapped]
+                for again, before in zip(outputs, call.outputs, strict=True):
+                    size = float(before.abs().max()) if before.numel() else 0.0
+                    if again.shape != before.shape or not torch.allclose(again, before, 1e-2, 1e-3 * size, True):
+                        raise _CannotRepeat(
+                            f"a second run of {type(call.module).__name__} on the same inputs, from the same state of "
+                            "PyTorch's random numbers, gives something else"
+                        )
+                backprops = call.backprops
+                if rows is not None:
+                    leading = [1] * self.axis
+                    backprops = [
+                        b * rows.to(b.device, b.dtype).reshape(*leading, -1, *[1] * (b.dim() - self.axis - 1))
+                        for b in backprops
+                    ]
+                live = [(x, b) for x, b in zip(outputs, backprops, strict=True) if x.requires_grad]
+                gradients = dict(zip(used, _gradients(live, used), strict=True))
+        finally:
+            self._repeating, self._repeated = None, []
+        return [gradients.get(p) for p in parameters]
+
+
+def _gradients(outputs: list[tuple[Tensor, Tensor]], parameters: list[Tensor]) -> list[Tensor | None]:
+    """``torch.autograd.grad``, or an ordinary backward pass where reentrant checkpointing forbids that."""
+    tensors, backprops = zip(*outputs, strict=True) if outputs else ((), ())
+    if not outputs:
+        return [None] * len(parameters)
+    try:
+        return list(torch.autograd.grad(tensors, parameters, backprops, allow_unused=True, retain_graph=True))
+    except RuntimeError as error:
+        if "checkpoint" not in str(error).lower():
+            raise
+    before = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    torch.autograd.backward(tensors, backprops)
+    found = [p.grad for p in parameters]
+    for p, gradient in zip(parameters, before, strict=True):
+        p.grad = gradient
+    return found
+
+
+def _random_states(device: torch.device) -> dict[torch.device, Tensor]:
+    states = {torch.device("cpu"): torch.get_rng_state()}
+    if device.type == "cuda":
+        states[device] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_random_states(states: dict[torch.device, Tensor]) -> None:
+    for device, state in states.items():
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)
