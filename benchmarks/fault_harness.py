@@ -38,7 +38,7 @@ class Outcome:
 class Scenario:
     """``run(engine)`` trains a tiny model under one of :data:`ENGINES`.
 
-    ``ours`` is the verdict that this package must have. ``fault`` says why it has not yet, if that is so.
+    ``ours`` is the verdict that this package must have. Where it has not, ``fault`` says why.
     """
 
     name: str
@@ -210,10 +210,14 @@ def verdict(
         "unknown": lambda: [torch.zeros(1)],
     }[contributions]()
     largest = max(float(c.norm()) for c in each) / bound
-    found = [f"sum off by {100 * error:.2g} %"] if error > tolerance else []
+    found = [f"sum off by {_percent(error)}"] if error > tolerance else []
     if largest > 1 + 1e-4:
         found.append(f"one record contributes {largest:.3f} C")
     return Outcome("wrong", ", ".join(found)) if found else Outcome("correct")
+
+
+def _percent(part: float) -> str:
+    return f"{100 * part:.0f} %" if part > 0.1 else f"{100 * part:.2g} %"
 
 
 def judged(

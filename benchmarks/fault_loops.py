@@ -1,4 +1,4 @@
-"""Scenarios: what a training loop does with losses, batches, optimizers and the loader."""
+"""Scenarios: what a training loop does with batches, optimizers and the loader."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from fault_harness import (
     Scenario,
     clipped_sum,
     distance,
-    distance_gone,
     judged,
     make_private,
     one_step,
     randn,
     record_gradients,
     snapshot,
-    verdict,
 )
+from fault_losses import mlp
 from torch import Tensor, nn
 
 import dp2vae_fast
@@ -28,146 +27,10 @@ import dp2vae_fast
 RECORDS = 6
 
 
-def mlp() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-
-
-def autoencoder() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.ConvTranspose2d(3, 2, 3, padding=1))
-
-
 def poisoned(value: float) -> Tensor:
     records = randn(RECORDS, 4)
     records[2, 1] = value
     return records
-
-
-def images(*shape: int) -> Tensor:
-    return randn(*shape).sigmoid()
-
-
-# Losses --------------------------------------------------------------------------------------------------------------
-
-
-class Contrastive(RecordLoss):
-    """Tells each record from all others of its batch."""
-
-    def forward(self, output: Tensor, target: Tensor | None = None) -> Tensor:
-        return nn.functional.cross_entropy(output @ output.T, torch.arange(len(output)), reduction=self.reduction)
-
-
-def compared(engine: str) -> Outcome:
-    """There is no gradient of one record; but what one more record changes must stay within C."""
-    records, bound = randn(RECORDS, 4), 0.05
-
-    def moved(rows: Tensor) -> Tensor:
-        model = mlp()
-        settings = dict(criterion=Contrastive(), bound=bound)
-        return distance_gone(model, lambda: one_step(make_private(engine, model, records, **settings), rows))
-
-    return verdict(moved, records, None, bound)
-
-
-def fooled(model: nn.Module, batch: Tensor) -> Tensor:
-    """Each record moved a little against the model, which is the fast gradient sign method."""
-    batch = batch.clone().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(RecordLoss()(model(batch)), batch)
-    return (batch + 0.1 * gradient.sign()).detach()
-
-
-def two_losses(run: Run, batch: Tensor) -> None:
-    run.optimizer.zero_grad()
-    output = run.module(batch)
-    (run.criterion(output) + run.criterion(2 * output)).backward()
-    run.optimizer.step()
-
-
-def two_backwards(run: Run, batch: Tensor) -> None:
-    run.optimizer.zero_grad()
-    output = run.module(batch)
-    first, second = run.criterion(output), run.criterion(2 * output)
-    if isinstance(first, Tensor):
-        first.backward(retain_graph=True)
-    else:  # Opacus' ghost loss takes no such argument
-        first.backward()
-    second.backward()
-    run.optimizer.step()
-
-
-def both(model: nn.Module, record: Tensor) -> Tensor:
-    output = model(record)
-    return RecordLoss()(output) + RecordLoss()(2 * output)
-
-
-def slope(model: nn.Module, batch: Tensor) -> Tensor:
-    """Squared norm of the input gradient of each record, to be differentiated itself."""
-    batch = batch.clone().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(model(batch).sin().sum(), batch, create_graph=True)
-    return gradient.square().sum(1, keepdim=True)
-
-
-def penalised(run: Run, batch: Tensor) -> None:
-    run.optimizer.zero_grad()
-    run.criterion(slope(run.module, batch)).backward()
-    run.optimizer.step()
-
-
-LOSSES = [
-    Scenario(
-        "nn.MSELoss on images",
-        "The mean over records and pixels: the loss of a plain autoencoder.",
-        judged(autoencoder, images(RECORDS, 2, 5, 4), criterion=lambda _: nn.MSELoss(), reduction="mean"),
-    ),
-    Scenario(
-        "nn.MSELoss on images as wide as the batch",
-        "One factor a record, and one a column, have the same shape.",
-        judged(autoencoder, images(RECORDS, 2, 5, RECORDS), criterion=lambda _: nn.MSELoss(), reduction="mean"),
-    ),
-    Scenario(
-        "nn.BCEWithLogitsLoss on images",
-        "Of a variational autoencoder on black and white.",
-        judged(autoencoder, images(RECORDS, 2, 5, 4), criterion=lambda _: nn.BCEWithLogitsLoss(), reduction="mean"),
-    ),
-    Scenario(
-        "sum of two losses of one forward",
-        "Reconstruction and regulariser.",
-        judged(mlp, randn(RECORDS, 4), loop=two_losses, loss=both),
-    ),
-    Scenario(
-        "two backward passes of one forward",
-        "The same two losses, each on its own: the gradients add up.",
-        judged(mlp, randn(RECORDS, 4), loop=two_backwards, loss=both),
-    ),
-    Scenario(
-        "adversarial training",
-        "A gradient of the input first, then training on what it leads to.",
-        judged(
-            mlp,
-            randn(RECORDS, 4),
-            loop=lambda run, batch: one_step(run, fooled(run.module, batch)),
-            loss=lambda model, record: RecordLoss()(model(fooled(model, record))),
-        ),
-    ),
-    Scenario(
-        "a loss that compares records",
-        "Contrastive learning: one record more changes the gradients of all the others.",
-        compared,
-        ours="refused",
-        fault="the hooks cannot see into the loss: it promises to be a sum or mean over records",
-    ),
-    Scenario(
-        "gradient penalty",
-        "The loss holds an input gradient, and is differentiated through it.",
-        judged(
-            mlp,
-            randn(RECORDS, 4),
-            loop=penalised,
-            loss=lambda model, record: RecordLoss()(slope(model, record)),
-        ),
-        ours="refused",
-    ),
-]
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
@@ -177,6 +40,18 @@ def accumulated(run: Run, batch: Tensor) -> None:
     run.optimizer.zero_grad()
     for part in batch.split((len(batch) + 1) // 2):
         run.criterion(run.module(part)).backward()
+    run.optimizer.step()
+
+
+def forward_alone(run: Run, batch: Tensor) -> None:
+    run.module(2 * batch[:4])
+    one_step(run, batch)
+
+
+def clipped_again(run: Run, batch: Tensor) -> None:
+    run.optimizer.zero_grad()
+    run.criterion(run.module(batch)).backward()
+    torch.nn.utils.clip_grad_norm_(run.module.parameters(), 1e-3)
     run.optimizer.step()
 
 
@@ -202,6 +77,16 @@ BATCHES = [
             judged(mlp, poisoned(value)),
         )
         for value in (float("inf"), float("nan"))
+    ),
+    Scenario(
+        "a forward without a backward before the step",
+        "To look at outputs in training mode: nothing of it may stay behind.",
+        judged(mlp, randn(RECORDS, 4), loop=forward_alone),
+    ),
+    Scenario(
+        "clip_grad_norm_ left in the loop",
+        "Of ordinary training: it has nothing to clip, as private gradients come into being in the step.",
+        judged(mlp, randn(RECORDS, 4), loop=clipped_again),
     ),
     Scenario(
         "two batches before a step",
@@ -290,7 +175,7 @@ def secure(engine: str) -> Outcome:
     try:
         made = (dp2vae_fast if engine == "ours" else opacus).PrivacyEngine(secure_mode=True)
     except ImportError as error:
-        raise NotPossible(f"needs torchcsprng, which no current torch can install ({error})") from error
+        raise NotPossible("needs torchcsprng, which cannot be installed with a current torch") from error
     model = mlp()
     run = make_private(engine, model, randn(RECORDS, 4), bound=1.0, privacy_engine=made)
     one_step(run, randn(RECORDS, 4))
@@ -310,4 +195,4 @@ REST = [
     Scenario("secure_mode", "Noise and coins from a cryptographic generator.", secure),
 ]
 
-SCENARIOS = [*LOSSES, *BATCHES, *REST]
+SCENARIOS = [*BATCHES, *REST]

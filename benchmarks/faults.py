@@ -14,14 +14,20 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import fault_calls
 import fault_layers
 import fault_loops
+import fault_losses
 import fault_models
 import torch
 from environment import environment
 from fault_harness import ENGINES, Outcome, outcome
 
-SCENARIOS = [*fault_layers.SCENARIOS, *fault_models.SCENARIOS, *fault_loops.SCENARIOS]
+SCENARIOS = [
+    scenario
+    for room in (fault_layers, fault_models, fault_calls, fault_losses, fault_loops)
+    for scenario in room.SCENARIOS
+]
 
 
 def line(name: str, found: Outcome, width: int = 110) -> str:
@@ -46,6 +52,7 @@ def main() -> None:
             {
                 "scenario": scenario.name,
                 "why": scenario.why,
+                "fault": scenario.fault,
                 "outcomes": {engine: asdict(found) for engine, found in outcomes.items()},
             }
         )

@@ -76,22 +76,29 @@ def faults(record: dict[str, Any]) -> str:
     """Scenario by scenario, what each engine made of it."""
     engines = list(record["rows"][0]["outcomes"])
     lines = [f"| scenario | {' | '.join(engines)} |", "|---" * (1 + len(engines)) + "|"]
+    said = ""
     for row in record["rows"]:
+        why = f": {row['why']}" if row["why"] != said else ""
+        said = row["why"]
         cells = [_outcome(**row["outcomes"][engine]) for engine in engines]
-        lines.append(f"| **{row['scenario']}** {row['why']} | {' | '.join(cells)} |")
-    every = [[row["outcomes"][engine]["verdict"] for row in record["rows"]] for engine in engines]
-    counts = [f"{column.count('correct')} of {len(column)}" for column in every]
-    lines.append(f"| *correct* | {' | '.join(counts)} |")
-    wrong = [f"{column.count('wrong')} of {len(column)}" for column in every]
-    lines.append(f"| *wrong* | {' | '.join(wrong)} |")
+        if row["fault"]:  # of this package, whose column is the last
+            cells[-1] += f" ({row['fault']})"
+        lines.append(f"| **{_plain(row['scenario'])}**{_plain(why)} | {' | '.join(cells)} |")
+    for verdict in ("correct", "wrong"):
+        found = [[row["outcomes"][engine]["verdict"] for row in record["rows"]].count(verdict) for engine in engines]
+        lines.append(f"| *{verdict}, of {len(record['rows'])}* | {' | '.join(map(str, found))} |")
     return "\n".join([*lines, "", _made(record)])
 
 
-def _outcome(verdict: str, detail: str, width: int = 100) -> str:
-    short = detail if len(detail) <= width else detail[:width].rstrip() + "…"
-    short = short.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+def _outcome(verdict: str, detail: str, width: int = 80) -> str:
+    short = detail if len(detail) <= width else detail[:width].rsplit(maxsplit=1)[0] + " …"
     verdict = f"**{verdict}**" if verdict == "wrong" else verdict
-    return f"{verdict}: {short}" if detail else verdict
+    return f"{verdict}: {_plain(short)}" if detail else verdict
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown must not read as its own."""
+    return re.sub(r"([|<*_])", r"\\\1", text)
 
 
 Table = Callable[[dict[str, Any]], str]
