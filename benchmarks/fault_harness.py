@@ -210,13 +210,13 @@ def verdict(
         "unknown": lambda: [torch.zeros(1)],
     }[contributions]()
     largest = max(float(c.norm()) for c in each) / bound
-    found = [f"sum off by {_percent(error)}"] if error > tolerance else []
+    found = [f"sum off by {percent(error)}"] if error > tolerance else []
     if largest > 1 + 1e-4:
         found.append(f"one record contributes {largest:.3f} C")
     return Outcome("wrong", ", ".join(found)) if found else Outcome("correct")
 
 
-def _percent(part: float) -> str:
+def percent(part: float) -> str:
     return f"{100 * part:.0f} %" if part > 0.1 else f"{100 * part:.2g} %"
 
 

@@ -15,6 +15,7 @@ from fault_harness import (
     judged,
     make_private,
     one_step,
+    percent,
     randn,
     record_gradients,
     snapshot,
@@ -130,7 +131,7 @@ def two_optimizers(engine: str) -> Outcome:
     errors = [float((moved - want).norm() / want.norm()) for want in (apart, clipped_sum(rows, bound))]
     steps = sum(entry[2] for entry in run.engine.accountant.history)
     if min(errors) > 1e-5:
-        return Outcome("wrong", f"sum off by {100 * min(errors):.2g} %")
+        return Outcome("wrong", f"sum off by {percent(min(errors))}")
     return Outcome("correct") if steps == 2 else Outcome("wrong", f"{steps} of 2 steps counted")
 
 

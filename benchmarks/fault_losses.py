@@ -136,11 +136,6 @@ SCENARIOS = [
         judged(autoencoder, images(RECORDS, 2, 5, 4), criterion=lambda _: nn.MSELoss(), reduction="mean"),
     ),
     Scenario(
-        "nn.MSELoss on images as wide as the batch",
-        "One factor a record, and one a column, have the same shape.",
-        judged(autoencoder, images(RECORDS, 2, 5, RECORDS), criterion=lambda _: nn.MSELoss(), reduction="mean"),
-    ),
-    Scenario(
         "nn.BCEWithLogitsLoss on images",
         "Of a variational autoencoder on black and white.",
         judged(autoencoder, images(RECORDS, 2, 5, 4), criterion=lambda _: nn.BCEWithLogitsLoss(), reduction="mean"),

@@ -75,7 +75,7 @@ SHARED = [
     ),
     Scenario(
         "a Linear's weight used again by F.linear",
-        "Likewise.",
+        "Within one model or between two layers.",
         judged(used_by_function, vectors(), tightness=0.3),
         ours="refused",
     ),
