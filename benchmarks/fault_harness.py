@@ -8,6 +8,7 @@ difference is what that record had to say: never more than the clipping norm C.
 from __future__ import annotations
 
 import linecache
+import re
 import traceback
 import warnings
 from collections.abc import Callable
@@ -53,7 +54,7 @@ class NotPossible(Exception):
 
 
 class HalfDone(Exception):
-    """An error came after the optimizer had changed parameters."""
+    """An error came after parameters had changed."""
 
 
 def outcome(scenario: Scenario, engine: str) -> Outcome:
@@ -68,12 +69,17 @@ def outcome(scenario: Scenario, engine: str) -> Outcome:
         except HalfDone as error:
             return Outcome("crashes", str(error))
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            return Outcome("refused" if is_refusal(error) else "crashes", f"{type(error).__name__}: {lines[0]}")
+            return Outcome("refused" if is_refusal(error) else "crashes", first_line(error))
+
+
+def first_line(error: Exception) -> str:
+    """Of its message, without what differs between runs or takes no end."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {re.sub(r'0x[0-9a-f]+', '', line)[:150]}"
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether an engine meant to raise: a ``raise`` of its own code, with no parameter changed."""
+    """Whether an engine meant to raise: the error comes from a ``raise`` in its own code."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     rooms = [Path(package.__file__).parent for package in (opacus, dp2vae_fast)]
     raised = linecache.getline(frame.filename, frame.lineno or 0).strip().startswith("raise")
@@ -166,7 +172,7 @@ def distance_gone(model: nn.Module, train: Callable[[], None]) -> Tensor:
         train()
     except Exception as error:
         if bool(distance(before, snapshot(model)).any()):
-            raise HalfDone(f"after parameters had changed, {type(error).__name__}: {error}") from error
+            raise HalfDone(f"after parameters had changed, {first_line(error)}") from error
         raise
     return distance(before, snapshot(model))
 
@@ -209,9 +215,9 @@ def verdict(
         "alone": lambda: [moved(batch[i : i + 1]) for i in places],
         "unknown": lambda: [torch.zeros(1)],
     }[contributions]()
-    largest = max(float(c.norm()) for c in each) / bound
-    found = [f"sum off by {percent(error)}"] if error > tolerance else []
-    if largest > 1 + 1e-4:
+    largest = float(torch.stack([c.norm() for c in each]).max()) / bound
+    found = [] if error <= tolerance else [f"sum off by {percent(error)}"]
+    if not largest <= 1 + 1e-4:
         found.append(f"one record contributes {largest:.3f} C")
     return Outcome("wrong", ", ".join(found)) if found else Outcome("correct")
 
@@ -246,7 +252,7 @@ def judged(
         dtype: of the model. The oracle is float64 whatever this says.
         tolerance: relative, for the sum.
         tightness: C as a part of the median norm; 1 clips half of the records.
-        contributions: of a record: how the batch "without" it differs, or a batch of that record "alone".
+        contributions: of a record: how the batch "without" it differs, or a batch of that record "alone"; or "unknown".
     """
     measure = criterion(reduction)
     loss = loss or (lambda model, record: measure(model(record), record))

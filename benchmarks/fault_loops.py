@@ -11,14 +11,13 @@ from fault_harness import (
     Run,
     Scenario,
     clipped_sum,
-    distance,
+    distance_gone,
     judged,
     make_private,
     one_step,
     percent,
     randn,
     record_gradients,
-    snapshot,
 )
 from fault_losses import mlp
 from torch import Tensor, nn
@@ -61,12 +60,14 @@ def two_draws(engine: str) -> Outcome:
     model, record = mlp(), randn(1, 4)
     (gradient,) = record_gradients(model, record, lambda m, r: RecordLoss()(m(r)))
     bound = float(gradient.norm()) / 2
-    run = make_private(engine, model, record, bound=bound, poisson_sampling=True)
-    before = snapshot(model)
-    for _ in range(2):
-        run.criterion(run.module(record)).backward()
-    run.optimizer.step()
-    share = float(distance(before, snapshot(model)).norm()) / bound
+
+    def train() -> None:
+        run = make_private(engine, model, record, bound=bound, poisson_sampling=True)
+        for _ in range(2):
+            run.criterion(run.module(record)).backward()
+        run.optimizer.step()
+
+    share = float(distance_gone(model, train).norm()) / bound
     return Outcome("wrong", f"one record contributes {share:.3f} C" if share > 1.0001 else "a draw lost")
 
 
@@ -110,26 +111,26 @@ def two_optimizers(engine: str) -> Outcome:
     records, bound = randn(RECORDS, 4), 0.5
     model = mlp()
     rows = record_gradients(model, records, lambda m, r: RecordLoss()(m(r)))
-    before = snapshot(model)
-    run = make_private(engine, model, records, bound=bound, optimizer=torch.optim.SGD(model[0].parameters(), lr=1.0))
-    second = make_private(
-        engine,
-        run.module,
-        records,
-        bound=bound,
-        optimizer=torch.optim.SGD(model[2].parameters(), lr=1.0),
-        privacy_engine=run.engine,
-    )
-    run.optimizer.zero_grad()
-    second.optimizer.zero_grad()
-    second.criterion(second.module(records)).backward()
-    run.optimizer.step()
-    second.optimizer.step()
-    moved = distance(before, snapshot(model))
+    accountant = None
+
+    def train() -> None:
+        nonlocal accountant
+        first, last = (torch.optim.SGD(layer.parameters(), lr=1.0) for layer in (model[0], model[2]))
+        run = make_private(engine, model, records, bound=bound, optimizer=first)
+        also = dict(optimizer=last, privacy_engine=run.engine)
+        second = make_private(engine, run.module, records, bound=bound, **also)
+        accountant = run.engine.accountant
+        run.optimizer.zero_grad()
+        second.optimizer.zero_grad()
+        second.criterion(second.module(records)).backward()
+        run.optimizer.step()
+        second.optimizer.step()
+
+    moved = distance_gone(model, train)
     cut = sum(p.numel() for p in model[0].parameters())
     apart = torch.cat([clipped_sum([r[:cut] for r in rows], bound), clipped_sum([r[cut:] for r in rows], bound)])
     errors = [float((moved - want).norm() / want.norm()) for want in (apart, clipped_sum(rows, bound))]
-    steps = sum(entry[2] for entry in run.engine.accountant.history)
+    steps = sum(entry[2] for entry in accountant.history)
     if min(errors) > 1e-5:
         return Outcome("wrong", f"sum off by {percent(min(errors))}")
     return Outcome("correct") if steps == 2 else Outcome("wrong", f"{steps} of 2 steps counted")
