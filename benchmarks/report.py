@@ -1,8 +1,8 @@
-"""Render the records in results/ as the tables of the README, between its ``<!-- NAME -->`` marks.
+"""Render the records in results/ as the tables of README and docs, between their ``<!-- NAME -->`` marks.
 
     python benchmarks/report.py [--check]
 
-``--check`` writes nothing and fails where the README does not say what the records say.
+``--check`` writes nothing and fails where a page does not say what the records say.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
 
 
 def utility_digits(record: dict[str, Any]) -> str:
@@ -73,16 +72,49 @@ def _made(record: dict[str, Any]) -> str:
     return f"{where['processor']}, {where['cores']} cores, torch {versions['torch']}, opacus {versions['opacus']}."
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"utility_digits": utility_digits, "noise_cpu": noise_cpu}
+def faults(record: dict[str, Any]) -> str:
+    """Scenario by scenario, what each engine made of it."""
+    engines = list(record["rows"][0]["outcomes"])
+    lines = [f"| scenario | {' | '.join(engines)} |", "|---" * (1 + len(engines)) + "|"]
+    said = ""
+    for row in record["rows"]:
+        why = f": {row['why']}" if row["why"] != said else ""
+        said = row["why"]
+        cells = [_outcome(**row["outcomes"][engine]) for engine in engines]
+        if row["fault"]:  # of this package, whose column is the last
+            cells[-1] += f" ({row['fault']})"
+        lines.append(f"| **{_plain(row['scenario'])}**{_plain(why)} | {' | '.join(cells)} |")
+    for verdict in ("correct", "wrong"):
+        found = [[row["outcomes"][engine]["verdict"] for row in record["rows"]].count(verdict) for engine in engines]
+        lines.append(f"| *{verdict}, of {len(record['rows'])}* | {' | '.join(map(str, found))} |")
+    return "\n".join([*lines, "", _made(record)])
 
 
-def rendered(text: str) -> str:
-    """The text with every marked table made anew from its record."""
-    for name, render in TABLES.items():
+def _outcome(verdict: str, detail: str, width: int = 80) -> str:
+    short = detail if len(detail) <= width else detail[:width].rsplit(maxsplit=1)[0] + " …"
+    verdict = f"**{verdict}**" if verdict == "wrong" else verdict
+    return f"{verdict}: {_plain(short)}" if detail else verdict
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown must not read as its own."""
+    return re.sub(r"([|<*_])", r"\\\1", text)
+
+
+Table = Callable[[dict[str, Any]], str]
+PAGES: dict[str, dict[str, Table]] = {
+    "README.md": {"utility_digits": utility_digits, "noise_cpu": noise_cpu},
+    "docs/faults.md": {"faults": faults},
+}
+
+
+def rendered(page: str, text: str) -> str:
+    """The text of a page with every marked table made anew from its record."""
+    for name, render in PAGES[page].items():
         table = render(json.loads((HERE / "results" / f"{name}.json").read_text()))
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not marked.search(text):
-            raise SystemExit(f"README.md has no place for {name}: add <!-- {name} --> and <!-- end -->")
+            raise SystemExit(f"{page} has no place for {name}: add <!-- {name} --> and <!-- end -->")
         text = marked.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
     return text
 
@@ -90,10 +122,14 @@ def rendered(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    text = README.read_text(encoding="utf-8")
-    if parser.parse_args().check:
-        sys.exit(None if rendered(text) == text else "README.md is not what the records say: run benchmarks/report.py")
-    README.write_text(rendered(text), encoding="utf-8")
+    check = parser.parse_args().check
+    for page in PAGES:
+        file = HERE.parent / page
+        text = file.read_text(encoding="utf-8")
+        if check and rendered(page, text) != text:
+            sys.exit(f"{page} is not what the records say: run benchmarks/report.py")
+        if not check:
+            file.write_text(rendered(page, text), encoding="utf-8")
 
 
 if __name__ == "__main__":
