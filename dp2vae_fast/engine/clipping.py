@@ -16,13 +16,11 @@ from torch import Tensor
 from .. import ops
 from .gradients import Gradient, Kept
 from .keystream import Stream
+from .precision import STILL_COUNTED
 
 # Where the error bound of a squared norm is more than this part of it, the norm is taken again in float64: otherwise
 # the record would be clipped by more than half of that too short.
 _LOOSE = 0.01
-# Part of float32's error bound that a norm taken again still counts. The sum over records relies on it
-# (`precision.sum_rounding`).
-_STILL_COUNTED = 1 / 16
 _GRAM_NUMBERS = 2**22  # float64 numbers of Gram matrices held at a time
 
 
@@ -44,10 +42,10 @@ def bounded_norms(gradients: Sequence[Gradient], harmless: float = 0.0) -> tuple
         if isinstance(gradient, Kept):
             continue
         again = (loose & (error[row] > _LOOSE / len(gradients) * total)).nonzero().flatten()
-        for records in again.split(max(1, _GRAM_NUMBERS // gradient.cost().positions ** 2)):
+        for records in again.split(max(1, _GRAM_NUMBERS // gradient.cost().positions ** 2)) if len(again) else ():
             exact, exact_error = gradient.in_float64(records).norm_sq()
             error[row, records] = torch.maximum(
-                _STILL_COUNTED * error[row, records], (exact_error + 2.0**-23 * exact).to(dtype)
+                STILL_COUNTED * error[row, records], (exact_error + 2.0**-23 * exact).to(dtype)
             )
             norm_sq[row, records] = exact.to(dtype)
     return norm_sq, error

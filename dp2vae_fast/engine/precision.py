@@ -13,8 +13,10 @@ from torch import Tensor
 RECORDS_PER_SUM = 128
 # A draw has more records than `records_at_most` with a probability below this.
 _DRAW_TAIL = 2.0**-64
-# Positions that a product over positions may have: more are not planned for, and would need huge Gram matrices.
-MAX_POSITIONS = 2**14
+# Positions that a product over positions may have; with more, gradients are formed and kept.
+MAX_POSITIONS = 2**12
+# Part of float32's error bound that a norm still counts where it has been taken again in float64.
+STILL_COUNTED = 1 / 256
 
 
 def full_precision(tensors: Iterable[Tensor]) -> ExitStack:
@@ -46,11 +48,11 @@ def sum_rounding(expected_records: float, dtype: torch.dtype = torch.float32) ->
     ``h = RECORDS_PER_SUM + 4``.
 
     Products over several positions are summed in float64. There a term is not a record's contribution but a part of
-    it, and parts may cancel: the lengths of a record's T parts add up to at most ``C / sqrt(2 T u / 16)``, since its
-    clip factor counts at least a sixteenth of float32's error bound ``2 T u (sum of lengths)^2`` (:mod:`.clipping`).
-    With ``h = B T`` additions of unit roundoff 2^-53 that is the second term.
+    it, and parts may cancel: the lengths of a record's T parts add up to at most ``C / sqrt(2 T u s)``, since its clip
+    factor counts at least the part s = :data:`STILL_COUNTED` of float32's error bound ``2 T u (sum of lengths)^2``
+    (:mod:`.clipping`). With ``h = B T`` additions of unit roundoff 2^-53 that is the second term.
     """
     records = records_at_most(expected_records)
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
-    products = records * 2.0**-53 * math.sqrt(MAX_POSITIONS * 16 / (2 * 2.0**-24))
+    products = records * 2.0**-53 * math.sqrt(MAX_POSITIONS / (2 * 2.0**-24 * STILL_COUNTED))
     return 1.01 * 2 * records * ((RECORDS_PER_SUM + 4) * unit + products)

@@ -224,7 +224,7 @@ def conv_norm_sq(
         sizes = list(pixels.shape[2:])
         if math.prod(sizes) == 0:
             continue
-        pixels = pixels.reshape(n, groups, weight_shape[1], -1)
+        pixels = pixels.reshape(n, groups, weight_shape[1], math.prod(sizes))
         gram_pixels = (pixels.transpose(2, 3) @ pixels).reshape(n, groups, *sizes, *sizes)
         for shift in shifts:  # position t reads pixel t + shift of this phase, where there is one
             first = [max(0, -o) for o in shift]
@@ -268,7 +268,8 @@ def embedding_norm_sq(indices: Tensor, backprops: Tensor, padding_idx: int) -> t
     length = b.square().sum(2).sqrt()
     reach = (length.unsqueeze(2) * length.unsqueeze(1)).masked_fill(~same, 0).sum(-1).sum(-1)
     norm_sq = gram.sum(-1).sum(-1).clamp(min=0)
-    return norm_sq, _gamma(b.shape[2] + 2 * b.shape[1] + 2, b) * reach
+    lost = b.shape[2] * b.shape[1] ** 2 * torch.finfo(b.dtype).tiny
+    return norm_sq, _gamma(b.shape[2] + 2 * b.shape[1] + 2, b) * reach + lost
 
 
 @op()
@@ -281,7 +282,8 @@ def grad_sample_norm_sq(grad_sample: Tensor) -> tuple[Tensor, Tensor]:
     rows = g.shape[1] if g.dim() > 1 else 1
     g = g.reshape(g.shape[0], rows, math.prod(g.shape[2:]))
     norm_sq = g.square().sum(2).sum(1)
-    return norm_sq, _gamma(g.shape[1] + g.shape[2] + 1, g) * norm_sq
+    lost = g.shape[1] * g.shape[2] * torch.finfo(g.dtype).tiny  # squares below the normal range
+    return norm_sq, _gamma(g.shape[1] + g.shape[2] + 1, g) * norm_sq + lost
 
 
 def per_dim(value: int | Sequence[int], dims: int, name: str) -> list[int]:

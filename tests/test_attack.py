@@ -1,0 +1,203 @@
+"""Ten thousand adversarial records against the clipping bound, in every arithmetic; and sums against their rounding.
+
+A record is a gradient over several parameters of several kinds. Its realised contribution is what is really added up:
+the factor goes into the backprops, or multiplies the kept gradient, in the arithmetic at hand, and everything that
+follows is exact (float64).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom
+from torch import Tensor
+
+from dp2vae_fast import ops
+from dp2vae_fast.engine.clipping import AutomaticClipping, FlatClipping, GroupClipping
+from dp2vae_fast.engine.gradients import ConvGeometry, ConvProduct, EmbeddingProduct, Gradient, Kept, LinearProduct
+from dp2vae_fast.engine.precision import RECORDS_PER_SUM, records_at_most, sum_rounding
+from dp2vae_fast.ops import norm as norm_ops
+
+RECORDS = 100
+ARITHMETICS = ("float32", "bfloat16", "float16", "tf32")
+MODES = {
+    "flat": FlatClipping(),
+    "automatic": AutomaticClipping(stability=1e-6),
+    "per layer": GroupClipping(groups=range(8), bounds=[1.0, 0.3, 1e-3, 2.0, 0.5, 0.1, 0.7, 0.2]),
+}
+
+
+def rounded(x: Tensor, arithmetic: str) -> Tensor:
+    """``x`` (float64) as the operands of this arithmetic hold it, in float32."""
+    if arithmetic in ("bfloat16", "float16"):
+        return x.to(getattr(torch, arithmetic)).float()
+    return tf32(x.float()) if arithmetic == "tf32" else x.float()
+
+
+def tf32(x: Tensor) -> Tensor:
+    """Round to eleven significant bits, half away from zero, as tensor cores take their operands."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def adversarial(generator: torch.Generator, positions: int, features: int, reach: float) -> tuple[Tensor, Tensor]:
+    """Activations and backprops ``[N, T, D]``, each record bad in a way of its own; sizes of up to ``10^reach``."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    a, b = randn(RECORDS, positions, features), randn(RECORDS, positions, features)
+    kind = torch.randint(6, (RECORDS, 1, 1), generator=generator)
+    a = torch.where(kind == 1, a + 10.0 ** (reach * randn(RECORDS, 1, 1)), a)  # a mean, and
+    b = torch.where(kind == 1, b - b.mean(1, keepdim=True), b)  # backprops of sum zero: the Gram sum cancels
+    alternating = (-1.0) ** torch.arange(positions).reshape(1, -1, 1)
+    a, b = torch.where(kind == 2, torch.ones_like(a), a), torch.where(kind == 2, alternating * (1 + 1e-7 * b), b)
+    a, b = torch.where(kind == 3, a[:, :1].expand_as(a), a), torch.where(kind == 3, b[:, :1].expand_as(b), b)
+    a = torch.where(kind == 4, a * (randn(*a.shape) > 1.5), a)  # sparse
+    b = torch.where(kind == 5, b * 10.0 ** (reach * randn(*b.shape)), b)  # one entry outweighs all others
+    sizes = 10.0 ** ((reach + 20) * torch.rand(2, RECORDS, 1, 1, generator=generator, dtype=torch.float64) - 20)
+    return a * sizes[0], b * sizes[1]
+
+
+def record_gradients(generator: torch.Generator, arithmetic: str) -> list[Gradient]:
+    """Eight parameters of every kind, of the same hundred records."""
+
+    def operands(positions: int, features: int) -> tuple[Tensor, Tensor]:
+        a, b = adversarial(generator, positions, features, 1.0 if arithmetic == "float16" else 4.0)
+        return rounded(a, arithmetic), rounded(b, arithmetic)
+
+    def maps(side: int, channels: int) -> tuple[Tensor, Tensor]:
+        return tuple(x.transpose(1, 2).unflatten(2, (side, side)) for x in operands(side * side, channels))  # type: ignore[return-value]
+
+    plain = ConvGeometry((4, 4, 3, 3), (1, 1), (1, 1), (1, 1), (0, 0), 1, False)
+    grouped = ConvGeometry((4, 2, 1, 1), (1, 1), (0, 0), (1, 1), (0, 0), 2, True)
+    indices = torch.randint(3, (RECORDS, 30), generator=generator)
+    return [
+        LinearProduct(*operands(1, 12)),
+        LinearProduct(*operands(40, 3)),
+        LinearProduct(*operands(700, 2)),
+        ConvProduct(*maps(4, 4), plain),
+        ConvProduct(*maps(7, 4), grouped),
+        EmbeddingProduct(indices, operands(30, 5)[1], 3, -1),
+        Kept(operands(6, 9)[1]),
+        Kept(operands(1, 200)[1]),
+    ]
+
+
+def realised_sq(gradient: Gradient, factors: Tensor, arithmetic: str) -> Tensor:
+    """``|c_n g_n|^2`` in float64 with operands as they are multiplied."""
+
+    def weighted(x: Tensor) -> Tensor:
+        if isinstance(gradient, Kept):
+            c, x = (tf32(factors), tf32(x)) if arithmetic == "tf32" else (factors, x)
+            return x.double() * c.double().reshape(-1, *[1] * (x.dim() - 1))
+        c = factors.reshape(-1, *[1] * (x.dim() - 1))
+        one_position = isinstance(gradient, LinearProduct) and x.shape[1] == 1
+        if not one_position:  # multiplied and added up in float64
+            return x.double() * c.double()
+        return (tf32(x * c) if arithmetic == "tf32" else x * c).double()
+
+    dropped = factors == 0
+    gradient = gradient.without(dropped)
+    if isinstance(gradient, Kept):
+        gradient = Kept(weighted(gradient.values))
+    else:
+        gradient = replace(gradient, backprops=weighted(gradient.backprops))  # type: ignore[type-var]
+        if hasattr(gradient, "activations"):
+            gradient = replace(gradient, activations=gradient.activations.double())
+    return gradient.grad_sample().flatten(1).square().sum(1)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("mode", MODES)
+def test_ten_thousand_adversarial_records_stay_within_the_bound(mode: str, arithmetic: str, monkeypatch):
+    """12 combinations x 9 batches x 100 records."""
+    if arithmetic == "tf32":
+        monkeypatch.setattr(norm_ops, "operand_roundoff", lambda like: 2.0**-11)
+    clipping, used, reached = MODES[mode], 0, 0.0
+    for seed in range(9):
+        generator = torch.Generator().manual_seed(1000 * ARITHMETICS.index(arithmetic) + seed)
+        gradients = record_gradients(generator, arithmetic)
+        bound = 10.0 ** float(torch.randint(-6, 4, (1,), generator=generator))
+        scale = [1.0, 3.0, 257.0][seed % 3]
+        factors = clipping.factors(dict(enumerate(gradients)), bound, scale)
+        total = torch.zeros(RECORDS, dtype=torch.float64)
+        for place, gradient in enumerate(gradients):
+            total += realised_sq(gradient, factors[place], arithmetic)
+        assert bool((total.sqrt() <= clipping.sensitivity(bound)).all())
+        used += int((factors[0] > 0).sum())
+        reached = max(reached, float(total.sqrt().max()) / clipping.sensitivity(bound))
+    assert used > 400 and reached > 0.5  # the attack is on records that take part, and comes near
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    positions=st.integers(1, 60),
+    features=st.integers(1, 20),
+    offset=st.floats(-1e6, 1e6, width=32),
+    sizes=st.tuples(st.floats(1e-30, 1e18), st.floats(1e-30, 1e18)),
+    bound=st.floats(1e-6, 1e6),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_and_size(positions, features, offset, sizes, bound, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a = (torch.randn(4, positions, features, generator=generator) + offset) * sizes[0]
+    b = torch.randn(4, positions, features, generator=generator)
+    gradient = LinearProduct(a, (b - b.mean(1, keepdim=True)) * sizes[1])
+    for either in (gradient, Kept(gradient.grad_sample())):
+        factors = FlatClipping().factors({0: either}, bound)[0]
+        assert bool((realised_sq(either, factors, "float32").sqrt() <= bound).all())
+
+
+# Sums over records -----------------------------------------------------------------------------------
+
+
+def hostile_sum(records: int, generator: torch.Generator) -> Tensor:
+    """Values whose partial sums round as badly as can be: large ones first, then many just above half an ulp."""
+    values = torch.full((records, 64), 1.0)
+    values[: records // 2] += 2.0**-10 * torch.rand(records // 2, 64, generator=generator)
+    values[records // 2 :] *= 1.0 + 2.0**-23
+    return values / values.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("records", [3, RECORDS_PER_SUM, 1000])
+def test_the_rounding_of_a_sum_is_within_what_is_stated(records: int):
+    generator = torch.Generator().manual_seed(0)
+    values = hostile_sum(records, generator)
+    a = torch.randn(records, 1, 8, generator=generator)
+    a = a / a.norm(dim=2, keepdim=True)
+    ones = torch.ones(records)
+    for gradient in (Kept(values), LinearProduct(a, values.unsqueeze(1))):
+        exact = gradient.in_float64(torch.arange(records)).grad_sample().sum(0)
+        off = float((gradient.weighted_sum(ones).float().double() - exact).norm())
+        assert off <= 0.5 * sum_rounding(records)  # each of the two neighbours' sums may be off by half
+
+
+@pytest.mark.parametrize("positions", [2, 16, 256])
+def test_products_over_positions_are_summed_in_float64(positions: int):
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(50, positions, 6, generator=generator) + 100 for _ in range(2))
+    gradient = LinearProduct(a, b - b.mean(1, keepdim=True))
+    factors = FlatClipping().factors({0: gradient}, 1.0)[0]
+    exact = torch.einsum("n,npd->pd", factors.double(), gradient.in_float64(torch.arange(50)).grad_sample())
+    fine = float((gradient.weighted_sum(factors) - exact).norm())
+    coarse = float((gradient.weighted_sum(factors, torch.float32).double() - exact).norm())
+    assert fine <= 0.5 * sum_rounding(50, torch.float64) < coarse
+
+
+@pytest.mark.parametrize("expected", [1, 16, 256, 4096])
+def test_draws_are_almost_never_larger_than_what_is_planned_for(expected: int):
+    for size in (expected, 2 * expected, 1000 * expected):
+        rate = expected / size
+        assert binom.sf(records_at_most(expected), size, rate) < 2.0**-64
+    assert records_at_most(expected) < 1.7 * expected + 60
+
+
+def test_ops_and_sums_know_subnormal_numbers():
+    values = torch.full((2, 4), 1e-42)
+    norm_sq, error = ops.grad_sample_norm_sq(values)
+    assert bool((values.double().square().sum(1) <= (norm_sq + error).double()).all())

@@ -1,0 +1,173 @@
+"""The first batch is checked against autograd: what hooks cannot see is refused, what is right goes through."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from cases import record_loss
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dp2vae_fast import PrivacyEngine
+
+D = torch.float64
+
+
+def privatize(model: nn.Module, **kwargs):
+    settings = dict(noise_multiplier=0.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return PrivacyEngine().privatize(model, optimizer, **(settings | kwargs))
+
+
+def layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(D)
+
+
+class Wrong(nn.Module):
+    """Two layers with something between them that the hooks do not see."""
+
+    def __init__(self, between) -> None:
+        super().__init__()
+        self.first, self.second, self.between = *(layers()[i] for i in (0, 2)), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(torch.tanh(self.first(x))))
+
+
+def batch(n: int, seed: int = 1) -> Tensor:
+    return torch.randn(n, 4, dtype=D, generator=torch.Generator().manual_seed(seed))
+
+
+BETWEEN = {
+    "rows turned": lambda h: h.roll(1, 0),
+    "two rows exchanged": lambda h: torch.cat([h[1:2], h[:1], h[2:]]),
+    "centred over the batch": lambda h: h - h.mean(0),
+    "attention over the batch": lambda h: (h @ h.T).softmax(1) @ h,
+    "one row for all": lambda h: h[:1].expand_as(h),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_mixes_or_moves_records_is_refused_before_the_first_step(name: str):
+    model = Wrong(BETWEEN[name])
+    before = [p.detach().clone() for p in model.parameters()]
+    private, optimizer = privatize(model)
+    record_loss(private(batch(64))).sum().backward()
+    with pytest.raises(NotImplementedError, match=r"'first\.weight' are not autograd's"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_it_is_on_by_default_and_can_be_turned_off():
+    private, optimizer = privatize(Wrong(BETWEEN["rows turned"]), verify_first_step=False)
+    record_loss(private(batch(8))).sum().backward()
+    optimizer.step()
+
+
+def test_a_layer_on_something_as_long_as_the_batch():
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Embedding(5, 4, dtype=D)
+
+        def forward(self, x: Tensor) -> Tensor:  # [N, T, 4], and T = N
+            return x + self.places(torch.arange(x.shape[1]))
+
+    private, optimizer = privatize(Places())
+    record_loss(private(torch.randn(5, 5, 4, dtype=D))).sum().backward()
+    with pytest.raises(NotImplementedError, match=r"places\.weight"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [D, torch.float32, torch.bfloat16], ids=str)
+def test_dropout_and_every_precision_pass(dtype: torch.dtype):
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(4, 32), nn.GroupNorm(4, 32), nn.Dropout(0.5), nn.Linear(32, 3))
+    model = model.to(dtype if dtype == D else torch.float32)
+    private, optimizer = privatize(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = private(batch(200).to(model[0].weight.dtype))
+        record_loss(output.to(model[0].weight.dtype)).sum().backward()
+        optimizer.step()
+    assert not optimizer.capture.first_batch.waiting
+
+
+def test_it_leaves_the_users_random_numbers_alone():
+    drawn = []
+    for verify in (True, False):
+        torch.manual_seed(5)
+        private, optimizer = privatize(nn.Sequential(nn.Linear(4, 3), nn.Dropout()).to(D), verify_first_step=verify)
+        torch.manual_seed(6)
+        record_loss(private(batch(9))).sum().backward()
+        optimizer.step()
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
+def test_a_batch_that_proves_nothing_is_left_to_the_next():
+    private, optimizer = privatize(Wrong(BETWEEN["rows turned"]))
+    for inputs in (batch(0), batch(8) * float("inf")):
+        record_loss(private(inputs)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.capture.first_batch.waiting
+    record_loss(private(batch(8))).sum().backward()
+    with pytest.raises(NotImplementedError, match="not autograd's"):
+        optimizer.step()
+
+
+def test_random_numbers_of_the_models_own_are_no_reason_to_refuse():
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.generator = nn.Linear(4, 3, dtype=D), torch.Generator().manual_seed(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * torch.rand(3, generator=self.generator, dtype=D)
+
+    private, optimizer = privatize(nn.Sequential(Noisy(), nn.Tanh()))
+    record_loss(private(batch(8))).sum().backward()
+    with pytest.warns(UserWarning, match="gives something else"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_parts_of_a_model_called_one_by_one(reentrant: bool):
+    """Nobody calls the root: an encoder, then a bare layer, then a checkpointed decoder."""
+    model = nn.ModuleDict({"encoder": layers(), "middle": nn.Linear(3, 4), "decoder": layers()}).to(D)
+    _, optimizer = privatize(model)
+    h = model["middle"](model["encoder"](batch(8)))
+    record_loss(checkpoint(model["decoder"], h, use_reentrant=reentrant)).sum().backward()
+    optimizer.step()
+    assert not optimizer.capture.first_batch.waiting
+
+
+def test_a_loss_inside_the_model_is_checked_as_a_total():
+    class WithLoss(nn.Module):
+        def __init__(self, between) -> None:
+            super().__init__()
+            self.body = Wrong(between)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return record_loss(self.body(x)).sum()
+
+    private, optimizer = privatize(WithLoss(lambda h: h))
+    private(batch(8)).backward()
+    optimizer.step()
+    assert not optimizer.capture.first_batch.waiting
+
+
+def test_two_losses_of_one_forward_and_a_frozen_parameter():
+    model = layers()
+    model[0].weight.requires_grad_(False)
+    private, optimizer = privatize(model)
+    output = private(batch(8))
+    record_loss(output).sum().backward(retain_graph=True)
+    output.square().sum().backward()
+    optimizer.step()
+    assert not optimizer.capture.first_batch.waiting
