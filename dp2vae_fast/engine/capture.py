@@ -152,6 +152,10 @@ class Capture:
         """Records of the backward passes since the last :meth:`take` or :meth:`clear`; None if there was none."""
         return self._records
 
+    def holds(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether gradients of any of ``parameters`` wait to be taken."""
+        return any(p in self._book for p in parameters)
+
     def take(self, parameters: Sequence[Tensor]) -> list[Gradient | None]:
         """Remove and return the gradients of ``parameters``; None for one that no record used.
 
