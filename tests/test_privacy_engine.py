@@ -9,11 +9,13 @@ import opacus
 import pytest
 import torch
 from cases import LAYER_CASES, grads_one_by_one, record_loss
+from opacus.layers import DPGRU, DPLSTM, DPRNN
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dp2vae_fast import PrivacyEngine
+from dp2vae_fast.engine.capture import Capture
 from dp2vae_fast.engine.keystream import Keystream
 
 D = torch.float64
@@ -447,6 +449,24 @@ def test_layers_of_two_precisions():
         assert 0.29 < float(moved) <= 0.3
         optimizer.zero_grad()
     optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [DPRNN, DPGRU, DPLSTM])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("n", [1, 4, 6])  # 6: as many records as features, the axes look the same
+def test_recurrent_layers_of_opacus(kind: type[nn.Module], batch_first: bool, n: int):
+    torch.manual_seed(0)
+    layer, axis = kind(6, 6, batch_first=batch_first).to(D), 0 if batch_first else 1
+    batch = torch.randn((n, 5, 6) if batch_first else (5, n, 6), dtype=D)
+    want = []
+    for record in batch.split(1, dim=axis):
+        layer(record)[0].square().sum().backward()
+        want.append(layer.l0.hh.weight.grad)
+        layer.zero_grad()
+    capture = Capture(layer, batch_first=batch_first)
+    layer(batch)[0].square().sum().backward()
+    (gradient,) = capture.take([layer.l0.hh.weight])
+    torch.testing.assert_close(gradient.grad_sample(), torch.stack(want), rtol=1e-9, atol=1e-12)
 
 
 # Physical batches ------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -249,9 +250,14 @@ class Capture:
         if self._outermost is module and not self._suspended:
             self._outermost = None
 
-    def _check_rows(self, name: str, outputs: list[Tensor]) -> None:
+    def _batch_axis(self, layer: nn.Module) -> int:
+        """Where a layer's own inputs and outputs have the batch: Opacus' recurrent layers call their cells step by
+        step, on ``[N, features]``, whichever way round their sequences are."""
+        return 0 if self.batch_first or isinstance(layer, RNNLinear) else 1
+
+    def _check_rows(self, name: str, layer: nn.Module, outputs: list[Tensor]) -> None:
         """The rows of a layer's outputs must be those of the outermost call's inputs."""
-        axis = 0 if self.batch_first else 1
+        axis = self._batch_axis(layer)
         rows = {x.shape[axis] if x.dim() > axis else None for x in outputs}
         possible = {size * factor for size in self._sizes for factor in (1, self.rows_per_record)}
         if len(rows) != 1 or None in rows or (self._outermost is not None and possible and not rows & possible):
@@ -332,7 +338,7 @@ class Capture:
             tapped = [i for i, x in enumerate(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
             if not tapped:
                 return None
-            self._check_rows(name, [outputs[i] for i in tapped])
+            self._check_rows(name, layer, [outputs[i] for i in tapped])
             constants = [None if t else x for x, t in zip(inputs, is_tensor, strict=True)]
             device = outputs[tapped[0]].device
             precision = partial(
@@ -383,7 +389,7 @@ class Capture:
         """One use of a layer, seen in the backward pass: enter its gradients in the book."""
         args, kwargs = call
         activations = args[0] if args else next(iter(kwargs.values()))
-        if not self.batch_first:
+        if self._batch_axis(layer) == 1:
             backprops = [b.transpose(0, 1) for b in backprops]
             activations = activations.transpose(0, 1)
         rows = backprops[0].shape[0]
