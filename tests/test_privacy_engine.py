@@ -9,7 +9,7 @@ import opacus
 import pytest
 import torch
 from cases import LAYER_CASES, grads_one_by_one, record_loss
-from opacus.layers import DPGRU, DPLSTM, DPRNN
+from opacus.layers import DPGRU, DPLSTM, DPRNN, DPMultiheadAttention
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -466,6 +466,20 @@ def test_recurrent_layers_of_opacus(kind: type[nn.Module], batch_first: bool, n:
     capture = Capture(layer, batch_first=batch_first)
     layer(batch)[0].square().sum().backward()
     (gradient,) = capture.take([layer.l0.hh.weight])
+    torch.testing.assert_close(gradient.grad_sample(), torch.stack(want), rtol=1e-9, atol=1e-12)
+
+
+def test_a_layer_without_a_rule_may_have_its_batch_second():
+    """Opacus' attention with its bias_kv, whose own layer has no rule, in its default layout [T, N, E]."""
+    torch.manual_seed(0)
+    layer, batch, want = DPMultiheadAttention(8, 2, add_bias_kv=True).to(D), torch.randn(5, 3, 8, dtype=D), []
+    for record in batch.split(1, dim=1):
+        layer(record, record, record)[0].square().sum().backward()
+        want.append(layer.seq_bias_k.bias.grad)
+        layer.zero_grad()
+    capture = Capture(layer, batch_first=False)
+    layer(batch, batch, batch)[0].square().sum().backward()
+    (gradient,) = capture.take([layer.seq_bias_k.bias])
     torch.testing.assert_close(gradient.grad_sample(), torch.stack(want), rtol=1e-9, atol=1e-12)
 
 

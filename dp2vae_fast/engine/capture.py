@@ -434,14 +434,10 @@ class Capture:
     ) -> dict[str, Tensor]:
         """The rule of a layer that has none: run it again under the ``precision`` of its forward, and leave the
         totals for :meth:`_compare`."""
-        if not self.batch_first:
-            raise NotImplementedError(
-                f"layer {name!r} ({type(layer).__name__}) has no per-sample rule: batch_first=False needs one"
-            )
         self._suspended = True
         try:
             with precision():
-                found = fallback.grad_samples(layer, call, backprops)
+                found = fallback.grad_samples(layer, call, backprops, axis=self._batch_axis(layer))
         except NotImplementedError as error:
             raise NotImplementedError(f"layer {name!r}: {error}") from error
         finally:
