@@ -528,6 +528,28 @@ def test_the_batch_memory_manager_splits_batches():
     assert engine.accountant.history == [(1.0, 0.5, 2)] and physical > 2
 
 
+@pytest.mark.parametrize("poisson", [True, False])
+@pytest.mark.parametrize("physical", [1, 3, 4, 100])
+@pytest.mark.filterwarnings("ignore:Secure RNG turned off")
+def test_the_batch_memory_manager_expects_as_many_batches_as_with_opacus(poisson: bool, physical: int):
+    lengths = []
+    for engine, mode in ((PrivacyEngine(), "fused"), (opacus.PrivacyEngine(), "hooks")):
+        model = nn.Linear(6, 2)
+        _, optimizer, data_loader = engine.make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=loader(),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            poisson_sampling=poisson,
+            grad_sample_mode=mode,
+        )
+        manager = BatchMemoryManager(data_loader=data_loader, max_physical_batch_size=physical, optimizer=optimizer)
+        with manager as small:
+            lengths.append((len(data_loader), len(small)))
+    assert lengths[0] == lengths[1]
+
+
 def test_accumulation_is_refused_under_poisson_sampling_and_adds_otherwise():
     def parts(poisson: bool):
         model = small_model(torch.float32)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from opacus.data_loader import wrap_collate_with_empty
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from .keystream import Stream
 
@@ -71,8 +72,10 @@ class PoissonBatches:
         ]
 
 
-class PoissonSampler(Sampler[list[int]]):
+class PoissonSampler(UniformWithReplacementSampler):
     """Batch sampler: ``steps`` Poisson draws an epoch, each a list of record indices, possibly empty.
+
+    Of Opacus' kind, for which its ``BatchMemoryManager`` knows how many physical batches to expect.
 
     Args:
         stream, dataset_size, sample_rate: as :class:`PoissonBatches`.
