@@ -246,6 +246,26 @@ def test_the_memory_manager_changes_nothing_but_memory(poisson: bool, batch_size
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("poisson", [True, False])
+@pytest.mark.parametrize("materialize", [True, False])
+def test_nothing_is_counted_twice_without_zero_grad(materialize: bool, poisson: bool):
+    """Opacus refuses such a loop; here a step takes what was captured, so that it is the same training."""
+    results = []
+    for zero in (True, False):
+        plain = model()
+        module, optimizer, data = private(
+            seeded(), plain, poisson_sampling=poisson, materialize_grad=materialize, data=loader(8)
+        )
+        with BatchMemoryManager(data_loader=data, max_physical_batch_size=3, optimizer=optimizer) as small:
+            for x, y in small:
+                if zero:
+                    optimizer.zero_grad()
+                nn.CrossEntropyLoss()(module(x), y).backward()
+                optimizer.step()
+        results.append(weights(plain))
+    assert torch.equal(*results)
+
+
 def _noted(data: Any, module: Any, optimizer: Any, criterion: Any) -> Any:
     """The batches of one pass, each trained on before it is given out."""
     for x, y in data:
