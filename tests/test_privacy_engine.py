@@ -9,11 +9,13 @@ import opacus
 import pytest
 import torch
 from cases import LAYER_CASES, grads_one_by_one, record_loss
+from opacus.layers import DPGRU, DPLSTM, DPRNN, DPMultiheadAttention
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dp2vae_fast import PrivacyEngine
+from dp2vae_fast.engine.capture import Capture
 from dp2vae_fast.engine.keystream import Keystream
 from dp2vae_fast.engine.precision import sum_rounding
 
@@ -453,6 +455,38 @@ def test_layers_of_two_precisions():
     optimizer.step()
 
 
+@pytest.mark.parametrize("kind", [DPRNN, DPGRU, DPLSTM])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("n", [1, 4, 6])  # 6: as many records as features, the axes look the same
+def test_recurrent_layers_of_opacus(kind: type[nn.Module], batch_first: bool, n: int):
+    torch.manual_seed(0)
+    layer, axis = kind(6, 6, batch_first=batch_first).to(D), 0 if batch_first else 1
+    batch = torch.randn((n, 5, 6) if batch_first else (5, n, 6), dtype=D)
+    want = []
+    for record in batch.split(1, dim=axis):
+        layer(record)[0].square().sum().backward()
+        want.append(layer.l0.hh.weight.grad)
+        layer.zero_grad()
+    capture = Capture(layer, batch_first=batch_first)
+    layer(batch)[0].square().sum().backward()
+    (gradient,) = capture.take([layer.l0.hh.weight])
+    torch.testing.assert_close(gradient.grad_sample(), torch.stack(want), rtol=1e-9, atol=1e-12)
+
+
+def test_a_layer_without_a_rule_may_have_its_batch_second():
+    """Opacus' attention with its bias_kv, whose own layer has no rule, in its default layout [T, N, E]."""
+    torch.manual_seed(0)
+    layer, batch, want = DPMultiheadAttention(8, 2, add_bias_kv=True).to(D), torch.randn(5, 3, 8, dtype=D), []
+    for record in batch.split(1, dim=1):
+        layer(record, record, record)[0].square().sum().backward()
+        want.append(layer.seq_bias_k.bias.grad)
+        layer.zero_grad()
+    capture = Capture(layer, batch_first=False)
+    layer(batch, batch, batch)[0].square().sum().backward()
+    (gradient,) = capture.take([layer.seq_bias_k.bias])
+    torch.testing.assert_close(gradient.grad_sample(), torch.stack(want), rtol=1e-9, atol=1e-12)
+
+
 # Physical batches ------------------------------------------------------------------------------------
 
 
@@ -498,6 +532,28 @@ def test_the_batch_memory_manager_splits_batches():
     assert engine.accountant.history == [(1.0, 0.5, 2)] and physical > 2
 
 
+@pytest.mark.parametrize("poisson", [True, False])
+@pytest.mark.parametrize("physical", [1, 3, 4, 100])
+@pytest.mark.filterwarnings("ignore:Secure RNG turned off")
+def test_the_batch_memory_manager_expects_as_many_batches_as_with_opacus(poisson: bool, physical: int):
+    lengths = []
+    for engine, mode in ((PrivacyEngine(), "fused"), (opacus.PrivacyEngine(), "hooks")):
+        model = nn.Linear(6, 2)
+        _, optimizer, data_loader = engine.make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=loader(),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            poisson_sampling=poisson,
+            grad_sample_mode=mode,
+        )
+        manager = BatchMemoryManager(data_loader=data_loader, max_physical_batch_size=physical, optimizer=optimizer)
+        with manager as small:
+            lengths.append((len(data_loader), len(small)))
+    assert lengths[0] == lengths[1]
+
+
 def test_accumulation_is_refused_under_poisson_sampling_and_adds_otherwise():
     def parts(poisson: bool):
         model = small_model(torch.float32)
@@ -522,7 +578,7 @@ def test_accumulation_is_refused_under_poisson_sampling_and_adds_otherwise():
     before = [p.detach().clone() for p in model.parameters()]
     for batch in (inputs(3, torch.float32), inputs(4, torch.float32, 1)):
         record_loss(model(batch)).sum().backward()
-    assert optimizer.accumulated_iterations == 1  # the second is still open
+    assert optimizer.accumulated_iterations == 2
     optimizer.step()
     for p, old, total in zip(model.parameters(), before, want, strict=True):
         torch.testing.assert_close(old - p, total, rtol=1e-4, atol=1e-6)

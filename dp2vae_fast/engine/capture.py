@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -137,6 +138,10 @@ class Capture:
         """Records of the backward passes since the last :meth:`take` or :meth:`clear`; None if there was none."""
         return self._records
 
+    def holds(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether gradients of any of ``parameters`` wait to be taken."""
+        return any(p in self._book for p in parameters)
+
     def take(self, parameters: Sequence[Tensor]) -> list[Gradient | None]:
         """Remove and return the gradients of ``parameters``; None for one that no record used.
 
@@ -203,6 +208,11 @@ class Capture:
     def __deepcopy__(self, memo: dict) -> Capture:
         """The same: the copy of a captured module carries its hooks, which pass over layers that are not their own."""
         return self
+
+    def _batch_axis(self, layer: nn.Module) -> int:
+        """Where a layer's own inputs and outputs have the batch: Opacus' recurrent layers call their cells step by
+        step, on ``[N, features]``, whichever way round their sequences are."""
+        return 0 if self.batch_first or isinstance(layer, RNNLinear) else 1
 
     # The hooks ---------------------------------------------------------------------------------------------------
 
@@ -297,7 +307,7 @@ class Capture:
             tapped = [i for i, x in enumerate(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
             if not tapped:
                 return None
-            self._rows.check(name, [outputs[i] for i in tapped], self.rows_per_record)
+            self._rows.check(name, [outputs[i] for i in tapped], self._batch_axis(layer), self.rows_per_record)
             constants = [None if t else x for x, t in zip(inputs, is_tensor, strict=True)]
             device = outputs[tapped[0]].device
             precision = partial(
@@ -342,7 +352,7 @@ class Capture:
         """One use of a layer, seen in the backward pass: enter its gradients in the book."""
         args, kwargs = call
         activations = args[0] if args else next(iter(kwargs.values()))
-        if not self.batch_first:
+        if self._batch_axis(layer) == 1:
             backprops = [b.transpose(0, 1) for b in backprops]
             activations = activations.transpose(0, 1)
         rows = backprops[0].shape[0]
@@ -387,14 +397,10 @@ class Capture:
     ) -> dict[str, Tensor]:
         """The rule of a layer that has none: run it again under the ``precision`` of its forward, and leave the
         totals for :func:`~.guards.compare_totals`."""
-        if not self.batch_first:
-            raise NotImplementedError(
-                f"layer {name!r} ({type(layer).__name__}) has no per-sample rule: batch_first=False needs one"
-            )
         self._suspended = True
         try:
             with precision():
-                found = fallback.grad_samples(layer, call, backprops)
+                found = fallback.grad_samples(layer, call, backprops, axis=self._batch_axis(layer))
         except NotImplementedError as error:
             raise NotImplementedError(f"layer {name!r}: {error}") from error
         finally:

@@ -18,13 +18,16 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 _AGREEMENT = {torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
-def grad_samples(layer: nn.Module, call: tuple[tuple, dict], backprops: list[Tensor]) -> dict[str, Tensor]:
+def grad_samples(
+    layer: nn.Module, call: tuple[tuple, dict], backprops: list[Tensor], *, axis: int = 0
+) -> dict[str, Tensor]:
     """Per-sample gradients of the trainable parameters that ``layer`` owns itself (not its children's).
 
     Args:
-        call: the positional and keyword arguments of the layer's forward. Tensors whose first axis is the batch are
+        call: the positional and keyword arguments of the layer's forward. Tensors whose ``axis`` is the batch are
             taken apart by record; everything else is passed as it is.
-        backprops: gradient of the loss with respect to each tensor of the output, batch first.
+        backprops: gradient of the loss with respect to each tensor of the output, with the batch as their ``axis``.
+        axis: 0, or 1 for ``batch_first=False``.
 
     Returns:
         ``{parameter name: [N, *shape]}``.
@@ -32,10 +35,10 @@ def grad_samples(layer: nn.Module, call: tuple[tuple, dict], backprops: list[Ten
     Raises:
         NotImplementedError: the layer cannot be run by record.
     """
-    records = backprops[0].shape[0]
+    records = backprops[0].shape[axis]
     owned = {name: p.detach() for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
     leaves, structure = tree_flatten(call)
-    batched = [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == records for x in leaves]
+    batched = [isinstance(x, Tensor) and x.dim() > axis and x.shape[axis] == records for x in leaves]
 
     def weighted_output(params: dict[str, Tensor], inputs: list[Any], weights: list[Tensor]) -> Tensor:
         args, kwargs = tree_unflatten(inputs, structure)
@@ -45,12 +48,12 @@ def grad_samples(layer: nn.Module, call: tuple[tuple, dict], backprops: list[Ten
 
     def one_record(params: dict[str, Tensor], inputs: list[Tensor], weights: list[Tensor]) -> Tensor:
         rows = iter(inputs)
-        full = [next(rows).unsqueeze(0) if is_batch else x for x, is_batch in zip(leaves, batched, strict=True)]
-        return weighted_output(params, full, [w.unsqueeze(0) for w in weights])
+        full = [next(rows).unsqueeze(axis) if is_batch else x for x, is_batch in zip(leaves, batched, strict=True)]
+        return weighted_output(params, full, [w.unsqueeze(axis) for w in weights])
 
     rows = [x for x, is_batch in zip(leaves, batched, strict=True) if is_batch]
     try:
-        return vmap(grad(one_record), in_dims=(None, 0, 0))(owned, rows, backprops)
+        return vmap(grad(one_record), in_dims=(None, axis, axis))(owned, rows, backprops)
     except (RuntimeError, ValueError) as error:
         raise NotImplementedError(
             f"{type(layer).__name__} has no per-sample rule and cannot be run record by record "

@@ -103,17 +103,17 @@ class Rows:
         self.outermost = None
         return True
 
-    def check(self, name: str, outputs: list[Tensor], rows_per_record: int) -> None:
-        """The rows of a layer's outputs must be those of the outermost call's inputs.
+    def check(self, name: str, outputs: list[Tensor], axis: int, rows_per_record: int) -> None:
+        """The rows of a layer's outputs, along ``axis``, must be those of the outermost call's inputs.
 
         Raises:
             ValueError: they are not.
         """
-        rows = {x.shape[self.axis] if x.dim() > self.axis else None for x in outputs}
+        rows = {x.shape[axis] if x.dim() > axis else None for x in outputs}
         possible = {size * factor for size in self._sizes for factor in (1, rows_per_record)}
         if len(rows) != 1 or None in rows or (self.outermost is not None and possible and not rows & possible):
             raise ValueError(
                 f"layer {name!r} returns {', '.join(str(tuple(x.shape)) for x in outputs)} in a call on "
                 f"{sorted(self._sizes)} rows: every layer must have the batch as its "
-                f"{'second' if self.axis else 'first'} axis, with rows_per_record = {rows_per_record} rows a record"
+                f"{'second' if axis else 'first'} axis, with rows_per_record = {rows_per_record} rows a record"
             )

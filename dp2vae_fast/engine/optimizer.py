@@ -97,8 +97,9 @@ class DPOptimizer(OpacusDPOptimizer):
 
     @property
     def accumulated_iterations(self) -> int:
-        """Batches of records (not physical batches) that the pending sum holds; 1 where there is none."""
-        return max(1, self._batches)
+        """Batches of records (not physical batches) since the last step, one whose gradients are still captured
+        included; 1 where there is none."""
+        return max(1, self._batches + self.capture.holds(self.params))
 
     def sensitivity(self) -> float:
         """How far adding or removing one record can move the sum that the noise is added to, in Euclidean norm.

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from .keystream import Stream
 
@@ -69,8 +69,10 @@ class PoissonBatches:
         ]
 
 
-class PoissonSampler(Sampler[list[int]]):
+class PoissonSampler(UniformWithReplacementSampler):
     """Batch sampler: ``steps`` Poisson draws an epoch, each a list of record indices, possibly empty.
+
+    Of Opacus' kind, for which its ``BatchMemoryManager`` knows how many physical batches to expect.
 
     Args:
         stream, dataset_size, sample_rate: as :class:`PoissonBatches`.
