@@ -138,7 +138,6 @@ SCENARIOS = [
         "Position i is taken for record i.",
         judged(positions, words(length=RECORDS), contributions="unknown"),
         ours="refused",
-        fault="what has no batch axis but is as long as the batch looks like a batch to the hooks",
     ),
     Scenario(
         "an expert that sees some of the records",
@@ -157,7 +156,6 @@ SCENARIOS = [
         "The norm of a record is put together from the gradients of two.",
         judged(reordered, vectors()),
         ours="refused",
-        fault="the hooks see rows, not records: the model promises that row i is of record i",
     ),
     Scenario(
         "weight_norm", "The layer's weight is made of other parameters.", judged(normalised, vectors()), ours="refused"
@@ -172,7 +170,7 @@ SCENARIOS = [
         "torch.compile before make_private",
         "Dynamo and AOTAutograd, no code generation.",
         judged(compiled_before, vectors(), reference=frozen("none"), contributions="unknown"),
-        fault="Dynamo traces into the hooks and fails on the parameters that they exchange",
+        ours="refused",
     ),
     Scenario(
         "torch.compile of the private model",

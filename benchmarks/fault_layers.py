@@ -91,7 +91,6 @@ def _others() -> list[Scenario]:
             "Rewrites, without noise, the entries that the batch has used.",
             judged(lambda: nn.Embedding(5, 3, max_norm=0.5), words(5, 6)),
             ours="refused",
-            fault="refused in the backward pass, when the forward has rewritten the entries",
         ),
         Scenario(
             "EmbeddingBag",

@@ -163,11 +163,6 @@ def layer_norm_rule(
 @register_layer_rule(nn.Embedding)
 def embedding_rule(layer: nn.Embedding, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
     """Indices ``[N, *]``; rows at ``padding_idx`` have no gradient."""
-    if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
-        raise NotImplementedError(
-            "nn.Embedding with max_norm, scale_grad_by_freq or sparse mixes records or rewrites its own table: "
-            "construct it without these options"
-        )
     n = activations.shape[0]
     positions = math.prod(activations.shape[1:])
     padding_idx = -1 if layer.padding_idx is None else layer.padding_idx
@@ -187,11 +182,17 @@ def registered_layer_types() -> tuple[type[nn.Module], ...]:
 
 
 def is_cross_record(layer: nn.Module) -> str | None:
-    """Why ``layer``, in training mode, would mix records or remember them; None where it does neither."""
+    """Why ``layer``, in training mode, would mix records or remember them, or has no per-sample rule at all; None where
+    it can be trained."""
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
         return "normalises over the batch: use nn.GroupNorm, or put it in eval mode with its parameters frozen"
     if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats:
         return "keeps running statistics of the records: construct it with track_running_stats=False"
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        if layer.max_norm is not None:
+            return "rewrites its own table without noise (max_norm): construct it without max_norm"
+        if layer.scale_grad_by_freq or layer.sparse:
+            return "counts its indices over the batch (scale_grad_by_freq, sparse): construct it without these options"
     if isinstance(layer, nn.RNNBase):
         return "has no per-sample rule: use opacus.layers.DPLSTM, DPGRU or DPRNN"
     if hasattr(layer, "weight_u") or type(layer).__name__ == "_SpectralNorm":

@@ -267,6 +267,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def _prepare_model(self, module: nn.Module, **kwargs: Any) -> Any:
         if kwargs.get("grad_sample_mode") != FUSED:
             return super()._prepare_model(module, **kwargs)
+        if hasattr(module, "_orig_mod"):
+            raise NotImplementedError(
+                "the module was compiled before make_private, and its hooks with it: pass the plain module, and compile "
+                "what make_private returns"
+            )
         self.validate(module=module, optimizer=None, data_loader=None)
         batch_first = kwargs.get("batch_first", True)
         if isinstance(module, FusedGradSampleModule):
