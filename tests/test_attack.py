@@ -19,7 +19,7 @@ from torch import Tensor
 from dp2vae_fast import ops
 from dp2vae_fast.engine.clipping import AutomaticClipping, FlatClipping, GroupClipping
 from dp2vae_fast.engine.gradients import ConvGeometry, ConvProduct, EmbeddingProduct, Gradient, Kept, LinearProduct
-from dp2vae_fast.engine.precision import RECORDS_PER_SUM, records_at_most, sum_rounding
+from dp2vae_fast.engine.precision import RECORDS_PER_PART, records_at_most, sum_rounding
 from dp2vae_fast.ops import norm as norm_ops
 
 RECORDS = 100
@@ -164,7 +164,7 @@ def hostile_sum(records: int, generator: torch.Generator) -> Tensor:
     return values / values.norm(dim=1, keepdim=True)
 
 
-@pytest.mark.parametrize("records", [3, RECORDS_PER_SUM, 1000])
+@pytest.mark.parametrize("records", [3, RECORDS_PER_PART, 5000])
 def test_the_rounding_of_a_sum_is_within_what_is_stated(records: int):
     generator = torch.Generator().manual_seed(0)
     values = hostile_sum(records, generator)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .precision import RECORDS_PER_SUM
+from .precision import PARTS_PER_BLOCK, RECORDS_PER_PART
 
 # An addition of the pixel-Gram combine pass, in multiply-adds of a matrix product: it moves bytes where a product
 # does arithmetic.
 _COMBINE = 4
+_ROWS = RECORDS_PER_PART * PARTS_PER_BLOCK
 
 
 class Gradient(Protocol):
@@ -83,13 +84,15 @@ def _scaled(x: Tensor, factors: Tensor, dtype: torch.dtype | None = None) -> Ten
 
 
 def _in_parts(factors: Tensor, values: Tensor) -> Tensor:
-    """``factors^T values`` for ``[N, P]`` and ``[N, D]``, in parts of few records that are added in float64."""
-    if len(values) <= RECORDS_PER_SUM:
-        return factors.T @ values
+    """``factors^T values`` for ``[N, P]`` and ``[N, D]``, in parts of few records; many parts are added in float64."""
     total: Tensor | None = None
-    for left, right in zip(factors.split(RECORDS_PER_SUM), values.split(RECORDS_PER_SUM), strict=True):
-        part = left.T @ right
-        total = part.double() if total is None else total.add_(part)
+    for left, right in zip(factors.split(_ROWS), values.split(_ROWS), strict=True):
+        block: Tensor | None = None
+        for few, same in zip(left.split(RECORDS_PER_PART), right.split(RECORDS_PER_PART), strict=True):
+            part = few.T @ same
+            block = part if block is None else block.add_(part)
+        assert block is not None
+        total = block if total is None else total.double().add_(block)
     assert total is not None
     return total
 

@@ -22,6 +22,8 @@ _KEPT_NUMBER = 60.0
 # From so many positions on, float32 Gram norms of incoherent gradients have error bounds above one per cent, and are
 # mostly taken again in float64 (`clipping.bounded_norms`): what that costs, in Gram norms of float32.
 _LOOSE_POSITIONS, _REPEATED = 256, 3.0
+# A weighted sum over positions is formed in float64: what that costs, in float32 products.
+_WIDE = 3.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Plan:
         return Kept(gradient.grad_sample()) if choice.method == "kept" else gradient
 
     def _choose(self, parameter: str, c: Cost) -> Choice:
-        product = c.form + c.gram * (_REPEATED if c.positions >= _LOOSE_POSITIONS else 1.0)
+        product = c.form * (_WIDE if c.positions > 1 else 1.0)
+        product += c.gram * (_REPEATED if c.positions >= _LOOSE_POSITIONS else 1.0)
         kept = c.form + _KEPT_NUMBER * c.numbers
         kept_bytes = 4 * c.numbers
         cheaper: Method = "kept" if kept < product and kept_bytes <= self.max_kept_bytes else "product"

@@ -9,8 +9,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-# A sum over more records than these is formed in parts, so that no term passes through many additions.
-RECORDS_PER_SUM = 128
+# A sum over many records is formed in parts, and blocks of parts, so that no term passes through many additions.
+RECORDS_PER_PART, PARTS_PER_BLOCK = 128, 16
 # A draw has more records than `records_at_most` with a probability below this.
 _DRAW_TAIL = 2.0**-64
 # Positions that a product over positions may have; with more, gradients are formed and kept.
@@ -44,8 +44,8 @@ def sum_rounding(expected_records: float, dtype: torch.dtype = torch.float32) ->
     Every term ``c_n g_n`` is at most C long and passes through at most h additions, so either of the two sums is off
     by at most ``h u`` times the sum of their lengths (Higham, *Accuracy and Stability of Numerical Algorithms*, ch. 4):
     ``2 h u B`` together, for at most B records and the unit roundoff u of ``dtype``. Records are added in parts of
-    :data:`RECORDS_PER_SUM`, parts and physical batches in float64, and the total is rounded once:
-    ``h = RECORDS_PER_SUM + 4``.
+    :data:`RECORDS_PER_PART`, blocks of :data:`PARTS_PER_BLOCK` parts and physical batches in float64, and the total is
+    rounded once: ``h = RECORDS_PER_PART + PARTS_PER_BLOCK + 4``.
 
     Products over several positions are summed in float64. There a term is not a record's contribution but a part of
     it, and parts may cancel: the lengths of a record's T parts add up to at most ``C / sqrt(2 T u s)``, since its clip
@@ -55,4 +55,4 @@ def sum_rounding(expected_records: float, dtype: torch.dtype = torch.float32) ->
     records = records_at_most(expected_records)
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     products = records * 2.0**-53 * math.sqrt(MAX_POSITIONS / (2 * 2.0**-24 * STILL_COUNTED))
-    return 1.01 * 2 * records * ((RECORDS_PER_SUM + 4) * unit + products)
+    return 1.01 * 2 * records * ((RECORDS_PER_PART + PARTS_PER_BLOCK + 4) * unit + products)

@@ -269,8 +269,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             return super()._prepare_model(module, **kwargs)
         if hasattr(module, "_orig_mod"):
             raise NotImplementedError(
-                "the module was compiled before make_private, and its hooks with it: pass the plain module, and compile "
-                "what make_private returns"
+                "the module was compiled before make_private, which must come first: pass the plain module, and "
+                "compile what make_private returns"
             )
         self.validate(module=module, optimizer=None, data_loader=None)
         batch_first = kwargs.get("batch_first", True)

@@ -24,12 +24,14 @@ ARITHMETIC: dict[str, dict[str, Any]] = {
     "fused": {
         "precision": "float32; moments in exact integer sums",
         "norms": "the clip factor divides by the computed norm plus a bound of its rounding error",
-        "not_bounded": "rounding of the float32 addition over records",
+        "sums": "the rounding of the sum over records is part of the sensitivity; products over positions in float64",
+        "not_bounded": "rounding of the forward and backward pass themselves",
     },
     "opacus": {
         "precision": "float32; moments in exact integer sums",
         "norms": "as Opacus computes them",
-        "not_bounded": "rounding of norms and of the float32 addition over records",
+        "sums": "in float32",
+        "not_bounded": "rounding of norms, of sums, and of the forward and backward pass",
     },
 }
 NO_CLAIM = (
