@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -169,5 +170,26 @@ def test_two_losses_of_one_forward_and_a_frozen_parameter():
     output = private(batch(8))
     record_loss(output).sum().backward(retain_graph=True)
     output.square().sum().backward()
+    optimizer.step()
+    assert not optimizer.capture.first_batch.waiting
+
+
+def test_gradients_that_one_optimizer_forgot_are_not_missed_by_the_other():
+    model = layers()
+    engine = PrivacyEngine()
+    settings = dict(noise_multiplier=0.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=8)
+    private, first = engine.privatize(model, torch.optim.SGD(model[0].parameters(), lr=0.1), **settings)
+    _, second = engine.privatize(private, torch.optim.SGD(model[2].parameters(), lr=0.1), **settings)
+    record_loss(private(batch(8))).sum().backward()
+    first.zero_grad()
+    second.step()
+    assert not second.capture.first_batch.waiting
+
+
+def test_a_copy_of_the_model_is_not_checked():
+    private, optimizer = privatize(layers())
+    twin = copy.deepcopy(private)
+    record_loss(twin[2](torch.tanh(twin[0](batch(8))))).sum().backward()
+    record_loss(private(batch(8))).sum().backward()
     optimizer.step()
     assert not optimizer.capture.first_batch.waiting

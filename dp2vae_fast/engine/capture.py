@@ -71,6 +71,7 @@ class Capture:
         self.owners: dict[Tensor, Callable[[], None]] = {}  # parameter -> takes its gradients before the next batch
         self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         self._book: dict[Tensor, list[Gradient]] = {}
+        self._dropped: set[Tensor] = set()  # parameters whose gradients of this batch nobody wants
         self._records: int | None = None
         self._held: list[tuple[str, Tensor, int]] = []  # what the book's gradients are made from, and its version
         self._swapped: dict[nn.Module, dict[str, Tensor]] = {}
@@ -167,7 +168,7 @@ class Capture:
         found = {
             name: (p, [self.plan.realize(name, g) for g in self._book.get(p, [])])
             for p, name in self._names.items()
-            if p.requires_grad
+            if p.requires_grad and p not in self._dropped
         }
         self._suspended = True
         try:
@@ -181,6 +182,7 @@ class Capture:
         """Remove the gradients of ``parameters``, whatever has become of what they are made from."""
         self._guard(parameters)
         found = [self._book.pop(p, None) for p in parameters]
+        self._dropped.update(parameters)
         if not self._book:
             self.clear()
         return found
@@ -188,6 +190,7 @@ class Capture:
     def clear(self) -> None:
         """Forget what was captured."""
         self._book.clear()
+        self._dropped.clear()
         self._held.clear()
         self._records = None
         self.first_batch.forget()
@@ -226,13 +229,15 @@ class Capture:
 
     def _begin_call(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
         """Before a call that no container's call surrounds."""
-        if self.first_batch.waiting and not self._suspended and self._rows.outermost in (None, module):
+        if not self.first_batch.waiting or self._suspended or module not in self._layers:
+            return
+        if self._rows.outermost in (None, module):
             self.first_batch.begin(module, args, kwargs or {}, {p for p in self._names if p.requires_grad})
 
     def _end_call(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._suspended:
             self.first_batch.note(module, output)
-        elif self.first_batch.waiting and self._rows.outermost is None:
+        elif self.first_batch.waiting and module in self._layers and self._rows.outermost is None:
             return self.first_batch.end(output)
         return None
 
