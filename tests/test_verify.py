@@ -188,7 +188,7 @@ def test_gradients_that_one_optimizer_forgot_are_not_missed_by_the_other():
 
 def test_a_copy_of_the_model_is_not_checked():
     private, optimizer = privatize(layers())
-    twin = copy.deepcopy(private)
+    twin = copy.deepcopy(private)._module
     record_loss(twin[2](torch.tanh(twin[0](batch(8))))).sum().backward()
     record_loss(private(batch(8))).sum().backward()
     optimizer.step()
