@@ -59,6 +59,10 @@ def test_what_mixes_or_moves_records_is_refused_before_the_first_step(name: str)
     record_loss(private(batch(64))).sum().backward()
     with pytest.raises(NotImplementedError, match=r"'first\.weight' are not autograd's"):
         optimizer.step()
+    optimizer.zero_grad()
+    record_loss(private(batch(1))).sum().backward()  # on which nothing could be seen
+    with pytest.raises(NotImplementedError, match="not autograd's"):  # nor can one go on
+        optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -134,6 +138,22 @@ def test_random_numbers_of_the_models_own_are_no_reason_to_refuse():
     private, optimizer = privatize(nn.Sequential(Noisy(), nn.Tanh()))
     record_loss(private(batch(8))).sum().backward()
     with pytest.warns(UserWarning, match="gives something else"):
+        optimizer.step()
+
+
+def test_a_model_that_runs_once_only_is_no_reason_to_refuse():
+    class Once(nn.Sequential):
+        runs = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            if self.runs == 2:
+                raise RuntimeError("once is enough")
+            return super().forward(x)
+
+    private, optimizer = privatize(Once(nn.Linear(4, 3), nn.Tanh()).to(D))
+    record_loss(private(batch(8))).sum().backward()
+    with pytest.warns(UserWarning, match="once is enough"):
         optimizer.step()
 
 

@@ -65,6 +65,7 @@ class FirstBatch:
         self._calls: list[_Call] = []
         self._repeating: _Call | None = None
         self._repeated: list[Any] = []
+        self._refused = ""
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict, trainable: set[Tensor]) -> None:
         """An outermost call begins, under which ``trainable`` are the parameters with gradients."""
@@ -135,11 +136,12 @@ class FirstBatch:
         Raises:
             NotImplementedError: a parameter's gradients are not autograd's.
         """
+        if self._refused:  # and somebody went on
+            raise NotImplementedError(self._refused)
         calls, self._calls = self._calls, []
         sizes = [sum((float(torch.stack(g.norm_sq()).sum()) for g in uses), 0.0) ** 0.5 for _, uses in found.values()]
         if not calls or not all(size < float("inf") for size in sizes):
             return
-        self.waiting = False
         signs = (torch.randint(2, (records,), generator=torch.Generator().manual_seed(0)) * 2 - 1).float()
         rows = signs.repeat_interleave(rows_per_record)
         if not all(x.dim() > self.axis and x.shape[self.axis] == len(rows) for call in calls for x in call.outputs):
@@ -158,6 +160,7 @@ class FirstBatch:
                 "verify_first_step=False once you have checked them yourself",
                 stacklevel=2,
             )
+            self.waiting = False
             return
         whole = sum(size**2 for size in sizes) ** 0.5
         for (name, (p, uses)), total, size in zip(found.items(), want, sizes, strict=True):
@@ -165,12 +168,14 @@ class FirstBatch:
             weights = signs.to(p.device)
             distance = float((sum((g.weighted_sum(weights) for g in uses), torch.zeros_like(total)) - total).norm())
             if not distance <= share * size + floor * whole:
-                raise NotImplementedError(
+                self._refused = (
                     f"the captured gradients of parameter {name!r} are not autograd's (off by {distance:.3g} of "
                     f"{size:.3g}): the model reorders its rows, mixes records, uses the parameter where no hook sees "
                     "it, or one of its layers works on something else than records. Let every layer have the batch "
                     "as its first axis, register a rule with register_layer_rule, or freeze the parameter"
                 )
+                raise NotImplementedError(self._refused)
+        self.waiting = False
 
     def _repeat(self, call: _Call, parameters: list[Tensor], rows: Tensor | None) -> list[Tensor | None]:
         """Autograd's gradients of ``parameters`` from one call, with its output gradients weighted by ``rows``."""
@@ -181,8 +186,11 @@ class FirstBatch:
         try:
             with torch.enable_grad(), torch.random.fork_rng([d for d in call.random if d.type != "cpu"]):
                 _set_random_states(call.random)
-                with call.autocast():
-                    call.module(*call.args, **call.kwargs)
+                try:
+                    with call.autocast():
+                        call.module(*call.args, **call.kwargs)
+                except Exception as error:
+                    raise _CannotRepeat(f"a second run of {type(call.module).__name__} raises {error!r}") from error
                 outputs = [self._repeated[i] for i in call.tapped]
                 for again, before in zip(outputs, call.outputs, strict=True):
                     size = float(before.abs().max()) if before.numel() else 0.0
