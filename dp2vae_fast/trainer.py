@@ -158,9 +158,9 @@ def train_decoder(stage: Stage, pretrained: Pretrained) -> Decoder:
         latents = LatentCache.open(path, pretrained.encoder, stage.train, stage.device)
     mechanism = stage.run.ledger.find(stage.budget.step.name)
     if mechanism is None:  # a stage 1 that had to be repeated has spent more than was planned
-        planned = tuple(stage.budget.stage1.values())
-        spent = stage.run.ledger.spent()
-        mechanism = stage.budget.step if spent == planned else calibrate_step(stage.config, len(stage.train), spent)
+        planned, spent = stage.budget.stage1.values(), stage.run.ledger.spent()
+        as_planned = set(spent) == set(planned) and len(spent) == len(planned)
+        mechanism = stage.budget.step if as_planned else calibrate_step(stage.config, len(stage.train), spent)
     mechanism = replace(mechanism, steps=stage.config.privacy.steps)
     optimizer = make_optimizer(
         settings.optimizer, decoder, settings.learning_rate, settings.momentum, settings.weight_decay

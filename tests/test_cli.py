@@ -91,7 +91,7 @@ MISTAKES = {
     ),
     "unknown preset": (lambda t: ["--preset", "unet"], 'preset "unet"'),
     "unknown device": (lambda t: ["--device", "abacus"], 'device = "abacus"'),
-    "missing feature network": (lambda t: ["--features", t / "none.pt"], "no feature network or file"),
+    "missing feature network": (lambda t: ["--features", t / "none.pt"], "no file for the feature network"),
     "output below a file": (lambda t: ["--out", (t / "file").write_text("x") and t / "file" / "run"], "cannot write"),
     "public encoder missing": (lambda t: ["--encoder", "public"], "needs public_encoder"),
 }

@@ -3,7 +3,7 @@
 ::
 
     OUT/decoder.safetensors  decoder.json  privacy.json  privacy.md  samples.png  metrics.json
-    OUT/curator/run.json  ledger  checkpoint.pt  stage1.pt  history.csv  curves.png  real.png
+    OUT/curator/run.json  ledger  stage1.pt  DP-SGD.pt  history.csv  curves.png  real.png
 
 Only what lies outside ``curator/`` may leave the curator's hands; ``metrics.json`` says itself which of its
 figures are private.

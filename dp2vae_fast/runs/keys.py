@@ -24,25 +24,21 @@ from .ledger import Ledger
 class RunKeys:
     """The keys of one stretch of a run.
 
-    ``number`` counts the sets of keys that the run has had; ``replays``: this set was in use before. A seeded key
-    depends on ``mechanism`` (a fingerprint of the settings) too, so that two runs of different settings that share a
-    seed do not share their noise. The noise key depends on the records as well: the same noise on two neighbouring
-    data sets would cancel between two releases.
+    ``number`` counts the sets of keys that the run has had. A seeded key depends on ``mechanism`` (a fingerprint of the
+    settings) too, so that two runs of different settings that share a seed do not share their noise. The noise key
+    depends on the records as well: the same noise on two neighbouring data sets would cancel between two releases.
     """
 
     seed: int | None
     number: int
-    replays: bool
     mechanism: str = ""
     data_sha256: str = ""
 
     def keystream(self, stage: str) -> Keystream:
         """Where the noise and the coins of ``stage`` come from: the operating system, or the seed."""
-        return (
-            Keystream.secret()
-            if self.seed is None
-            else Keystream.seeded(self._derive(f"noise {self.data_sha256} {stage}"))
-        )
+        if self.seed is None:
+            return Keystream.secret()
+        return Keystream.seeded(self._derive(f"noise {self.data_sha256} {stage}"))
 
     def generator(self, purpose: str) -> torch.Generator:
         """Initial weights and reparametrisation noise.
@@ -69,10 +65,10 @@ def take_keys(
     """
     seed = config.privacy.seed
     if seed is None:
-        return RunKeys(None, ledger.begin_key(), replays=False)
+        return RunKeys(None, ledger.begin_key())
     mechanism = config.fingerprint(*MECHANISM_TABLES)
     here = fingerprint(config.fingerprint(), data_sha256, circumstances(device))
     known = ledger.key_number >= 0 and ledger.replay == here
     if known and checkpoint_key in (None, ledger.key_number):
-        return RunKeys(seed, ledger.key_number, replays=True, mechanism=mechanism, data_sha256=data_sha256)
-    return RunKeys(seed, ledger.begin_key(here), replays=False, mechanism=mechanism, data_sha256=data_sha256)
+        return RunKeys(seed, ledger.key_number, mechanism=mechanism, data_sha256=data_sha256)
+    return RunKeys(seed, ledger.begin_key(here), mechanism=mechanism, data_sha256=data_sha256)

@@ -48,12 +48,10 @@ def load_feature_network(wanted: str, train: ImageData, *, seed: int = 0) -> Fea
     The last two see grey images as RGB. Raises :class:`EvaluationError`: unknown name, missing or damaged
     file, missing package, a network that does not return [N, F].
     """
-    if wanted == "cnn":
+    found = require_feature_network(wanted)
+    if found is None:
         return _fit_feature_cnn(train, seed)
-    kind, _, file = wanted.partition(":")
-    path = Path(file if kind == "inception" else wanted).expanduser()
-    if not path.is_file():
-        raise EvaluationError(f'there is no file for the feature network "{wanted}": {KINDS}')
+    kind, path = found
     if kind == "inception":
         name, network = f"inception v3 {path.name}", _load_inception(path)
     else:
@@ -72,8 +70,7 @@ def require_feature_network(wanted: str) -> tuple[str, Path] | None:
     kind, _, file = wanted.partition(":")
     path = Path(file if kind == "inception" else wanted).expanduser()
     if not path.is_file():
-        what = "no file with Inception weights" if kind == "inception" else "no feature network or file"
-        raise EvaluationError(f'{what} called "{path}": {KINDS}')
+        raise EvaluationError(f'there is no file for the feature network "{wanted}": {KINDS}')
     return ("inception" if kind == "inception" else "torchscript"), path
 
 

@@ -32,7 +32,7 @@ class StepMechanism:
 
     Every record enters a step with probability ``expected_batch_size / dataset_size``; its gradient is
     clipped to ``max_grad_norm`` over all trainable parameters together; the sum gets noise of standard
-    deviation ``noise_multiplier * max_grad_norm`` and is divided by ``expected_batch_size``, a public
+    deviation ``noise_multiplier`` times its sensitivity and is divided by ``expected_batch_size``, a public
     constant.
     """
 

@@ -48,7 +48,10 @@ def load_decoder(folder: str | Path) -> Decoder:
 
 
 def save_release(folder: Path, decoder: Decoder, report: dict[str, Any], metrics: dict[str, Any] | None) -> None:
-    """Write all that may be released. The decoder comes last, so that none is ever without its report."""
+    """Write what stands outside ``curator/``: the release, and the metrics beside it.
+
+    The decoder comes last, so that none is ever without its report.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_report(report, folder)
     if metrics is not None:
