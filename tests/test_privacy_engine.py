@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import opacus
@@ -632,6 +633,12 @@ def test_trainable_parameters_that_no_optimizer_holds_are_named():
     optimizer.step()
     with pytest.raises(RuntimeError, match=r"'0\.weight'.*freeze them"):
         private(inputs(3))
+
+
+def test_a_private_model_is_not_pickled():
+    private, _ = privatize(small_model(), OPTIMIZERS["sgd"])
+    with pytest.raises(TypeError, match="state_dict"):
+        pickle.dumps(private)
 
 
 def test_a_private_model_can_be_copied():

@@ -212,6 +212,9 @@ class Capture:
         """The same: the copy of a captured module carries its hooks, which pass over layers that are not their own."""
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a private module holds hooks: save its state_dict(), or to_standard_module() after training")
+
     def _batch_axis(self, layer: nn.Module) -> int:
         """Where a layer's own inputs and outputs have the batch: Opacus' recurrent layers call their cells step by
         step, on ``[N, features]``, whichever way round their sequences are."""

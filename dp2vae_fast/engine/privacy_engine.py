@@ -218,7 +218,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         optimizer: Optimizer,
         *,
         noise_multiplier: float,
-        max_grad_norm: float,
+        max_grad_norm: float | Sequence[float] | Mapping[str, float],
         sample_rate: float,
         expected_batch_size: int,
         loss_reduction: str = "sum",
@@ -233,6 +233,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 (:class:`~.sampling.PoissonBatches`).
             expected_batch_size: public divisor of the noisy sum. With ``loss_reduction="sum"`` nothing is divided.
             rows_per_record: consecutive rows that belong to one record; fused mode only.
+            kwargs: ``clipping``, ``noise_generator`` and the options of :meth:`make_private`.
 
         Returns:
             The wrapped module and the private optimizer; the accountant counts one step of rate ``sample_rate``
