@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .config import Config, ConfigError, load_config
@@ -24,9 +24,8 @@ from .vae.budget import calibrate_step, plan_budget
 from .vae.data import ImageData, check_trainable, load_images, to_pixels, train_test_split
 from .vae.encoder import MODES, Pretrained, pretrain
 from .vae.evaluate import evaluate
-from .vae.latents import LatentCache
+from .vae.latents import LatentCache, decoder_losses
 from .vae.loop import make_optimizer
-from .vae.losses import negative_iwae, reconstruction
 from .vae.models import Decoder, ModelSpec, build_decoder
 from .vae.release import save_for_curator, save_release
 from .vae.report import report_on
@@ -150,7 +149,7 @@ class Trainer:
 
 def train_decoder(stage: Stage, pretrained: Pretrained) -> Decoder:
     """Stage 2: DP-SGD on the decoder alone, from the frozen encoder's latents."""
-    settings, model, decoder = stage.config.optimization, stage.config.model, pretrained.decoder
+    settings, decoder = stage.config.optimization, pretrained.decoder
     path = stage.run.curator_file("latents.f32")
     if path is None:
         latents = LatentCache.build(pretrained.encoder, stage.train, stage.device)
@@ -171,27 +170,12 @@ def train_decoder(stage: Stage, pretrained: Pretrained) -> Decoder:
     if settings.ema_decay > 0:
         average = AveragedModel(decoder, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
         parts["average"] = average
-    samples = model.iwae_samples
-
-    def losses(module: nn.Module, indices: Tensor) -> Tensor:
-        images, labels = stage.train.batch(indices)
-        mean, log_variance = (x.repeat_interleave(samples, 0) for x in latents.posterior(indices))
-        z = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=noise).to(mean.device)
-        labels = None if labels is None or not stage.spec.num_classes else labels.repeat_interleave(samples, 0)
-        images = images.repeat_interleave(samples, 0)
-        missed = reconstruction(module(z, labels), images, stage.spec.likelihood)
-        if samples == 1:
-            return missed
-        shape = (len(indices), samples)
-        posterior = (mean.unflatten(0, shape)[:, 0], log_variance.unflatten(0, shape)[:, 0])
-        return negative_iwae(missed.reshape(shape), z.unflatten(0, shape), *posterior, beta=model.beta)
-
     stage.run_dp_sgd(
         mechanism,
         decoder,
         optimizer,
-        losses,
-        rows_per_record=samples,
+        decoder_losses(stage.train, latents, noise, stage.spec, stage.config.model),
+        rows_per_record=stage.config.model.iwae_samples,
         parts=parts,
         on_step=lambda: None if average is None else average.update_parameters(decoder),
     )
