@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .config import Config, ConfigError, load_config
+from .engine.audit import Check
 from .runs.folder import RunFolder, check_output
 from .runs.interrupt import StopRequest
 from .runs.keys import take_keys
+from .vae.audit import CANARIES, audit_run
 from .vae.budget import calibrate_step, plan_budget
 from .vae.data import ImageData, check_trainable, load_images, to_pixels, train_test_split
 from .vae.encoder import MODES, Pretrained, pretrain
@@ -128,6 +130,32 @@ class Trainer:
             self.history = stage.history
             self.report = report_on(stage, MODES[config.privacy.encoder], doubts)
         return self
+
+    def audit(self, canaries: int = CANARIES) -> list[Check]:
+        """Audit this configuration on these records: an in-memory run of its own, of which nothing is kept.
+
+        See :func:`~dp2vae_fast.vae.audit.audit_run`. The checks' figures come from records without noise: they are for
+        the curator. Noise is drawn from a seed, so that an audit can be repeated.
+
+        Args:
+            canaries: coins of the one-run bound on epsilon, which can certify little more than ln(canaries / 5).
+        """
+        config = self.config
+        if config.performance.threads is not None:
+            torch.set_num_threads(config.performance.threads)
+        seed = 0 if config.privacy.seed is None else config.privacy.seed
+        config = replace(config, privacy=replace(config.privacy, seed=seed))
+        device = find_device(config.performance.device)
+        train, _ = load_split(config, self._images)
+        spec, budget = model_spec(config, train), plan_budget(config, len(train))
+        with StopRequest() as stop:
+
+            def stage(records: ImageData) -> Stage:
+                run = RunFolder(None, resume=False, config=config, data_sha256=records.sha256)
+                keys = take_keys(run.ledger, config, records.sha256, device, None)
+                return Stage(config, spec, records, budget, run, keys, device, stop, self.observer)
+
+            return audit_run(stage(train), stage, canaries=canaries)
 
     def evaluate(self, features: Sequence[str] = ("cnn",), samples: int = 5000, seed: int = 0) -> dict[str, Any]:
         """The content of ``metrics.json``, from ``samples`` synthetic images and the held-out real ones.

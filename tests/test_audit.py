@@ -195,7 +195,7 @@ def test_true_coins_pass_and_each_kind_of_false_one_does_not():
         p_values = sampler_p_values(false, n, rate)
         assert worst(p_values)[1] < FALSE_ALARM
         assert any(
-            why in name or why == "shared" and "share" in name for name, p in p_values.items() if p < FALSE_ALARM
+            why in name or (why == "shared" and "share" in name) for name, p in p_values.items() if p < FALSE_ALARM
         )
 
 
@@ -250,7 +250,7 @@ def test_a_lower_bound_is_monotone_and_stays_below_its_maximum():
 
 
 def test_randomized_response_is_not_refuted_more_often_than_stated():
-    """Guesses of exactly (epsilon, 0)-private coins: 400 runs at 95 %. More than 39 refutations have probability 1e-4."""
+    """Guesses of exactly (epsilon, 0)-private coins, 400 runs at 95 %: over 39 refutations have probability 1e-4."""
     random, m, true = np.random.default_rng(0), 100, 1.0
     right = random.binomial(m, 1 / (1 + math.exp(-true)), size=400)
     refuted = sum(epsilon_lower_bound(m, m, int(v), 0.0) > true for v in right)

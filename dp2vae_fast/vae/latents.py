@@ -62,8 +62,8 @@ class LatentCache:
 def decoder_losses(
     data: ImageData, latents: LatentCache, noise: torch.Generator, spec: ModelSpec, model: ModelConfig
 ) -> RecordLosses:
-    """Stage 2's loss of each record: it draws ``iwae_samples`` latents from the record's cached posterior, with ``noise``
-    by place in the batch, and asks the decoder for the image."""
+    """Stage 2's loss of each record: ``iwae_samples`` latents from its cached posterior, by ``noise`` drawn by place in
+    the batch, and what the decoder then misses of the image."""
     samples = model.iwae_samples
 
     def losses(module: nn.Module, indices: Tensor) -> Tensor:
