@@ -9,7 +9,9 @@ import torch
 from test_cli import in_process
 
 from dp2vae_fast.engine.audit import Check
+from dp2vae_fast.engine.clipping import FlatClipping
 from dp2vae_fast.engine.sampling import PoissonBatches
+from dp2vae_fast.engine.update import FusedUpdate
 from dp2vae_fast.trainer import Trainer
 from dp2vae_fast.vae import audit, encoder, loop
 from dp2vae_fast.vae.audit import audit_run, verdict, write_audit
@@ -26,10 +28,10 @@ def public_file(tmp_path):
     return str(tmp_path / "public.npz")
 
 
-def audited(data=None, **settings) -> dict[str, Check]:
+def audited(data=None, canaries: int = 60, **settings) -> dict[str, Check]:
     settings = small.config(noise_multiplier=2.0, **settings)
     data = small.digits() if data is None else data
-    checks = audit_run(small.stage(data, settings), lambda records: small.stage(records, settings), canaries=60)
+    checks = audit_run(small.stage(data, settings), lambda records: small.stage(records, settings), canaries=canaries)
     return {check.name: check for check in checks}
 
 
@@ -142,6 +144,22 @@ def test_a_loop_that_divides_by_the_realised_batch(monkeypatch):
     assert set(failed(audited())) >= {"divisor"}
 
 
+def test_dp_sgd_without_its_noise(monkeypatch):
+    step = FusedUpdate.step
+    monkeypatch.setattr(FusedUpdate, "step", lambda self, sums, *, std, **rest: step(self, sums, std=0.0, **rest))
+    checks = audited(canaries=150)
+    assert failed(checks) == ["noise", "one-run epsilon"]
+    assert checks["one-run epsilon"].measured > 2 > checks["one-run epsilon"].limit
+
+
+def test_clip_doubled(monkeypatch):
+    factors = FlatClipping.factors
+    monkeypatch.setattr(FlatClipping, "factors", lambda self, *args, **rest: 2 * factors(self, *args, **rest))
+    checks = audited()
+    assert failed(checks) == ["contribution", "neighbours"]
+    assert checks["contribution"].measured == pytest.approx(2, rel=1e-3)
+
+
 def test_padding_that_is_not_masked(monkeypatch):
     """Then the record that fills up physical batches is in every one of them."""
     monkeypatch.setattr(loop.torch, "where", lambda mask, losses, other: losses)
@@ -185,10 +203,8 @@ def test_a_verdict_has_no_figure_and_the_report_carries_it(tmp_path):
 
 def test_the_command_audits_a_configuration_and_a_run(tmp_path, capsys, monkeypatch):
     few = ["--canaries", 20]
-    code, _, _ = in_process(
-        capsys, monkeypatch, "train", "--out", tmp_path / "run", "--epsilon", 5, "--no-evaluate", *small.FLAGS
-    )
-    assert code == 0
+    settings = small.config(noise_multiplier=3.0, seed=None)
+    Trainer(config=settings, out=tmp_path / "run").fit().save(tmp_path / "run")
     code, printed, err = in_process(capsys, monkeypatch, "audit", tmp_path / "run", *few)
     assert code == 0, err
     assert all(name in printed for name in ["encoder shift", *ENGINE]) and "for the curator" in printed

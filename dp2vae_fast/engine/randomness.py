@@ -90,11 +90,10 @@ def _normal_scores(observed: np.ndarray, trials: np.ndarray, rate: float, coins:
     distribution function."""
     if rate == 1:  # everybody, always
         return np.where(observed == trials, coins.standard_normal(len(observed)), np.inf)
-    law = stats.binom(trials, rate)
-    below, at = law.cdf(observed - 1), law.pmf(observed)
-    uniform = below + coins.random(len(observed)) * at
-    upper = law.sf(observed) + (1 - coins.random(len(observed))) * at
-    return np.where(uniform < 0.5, stats.norm.ppf(uniform), stats.norm.isf(np.minimum(upper, 0.5)))
+    at, coin = stats.binom.pmf(observed, trials, rate), coins.random(len(observed))
+    lower = stats.binom.cdf(observed - 1, trials, rate) + coin * at
+    upper = stats.binom.sf(observed, trials, rate) + (1 - coin) * at  # 1 - lower, exact in its own tail
+    return np.where(lower < upper, special.ndtri(lower), -special.ndtri(upper))
 
 
 def _correlation(one: Tensor, other: Tensor) -> float:

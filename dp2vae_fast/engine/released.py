@@ -70,7 +70,7 @@ class Released:
         """The clip norm times ``factor``, for a while."""
         before: Any = self.optimizer.max_grad_norm
         scaled = [b * factor for b in before] if isinstance(before, list) else before * factor
-        self.optimizer.max_grad_norm = scaled  # type: ignore[assignment]
+        self.optimizer.max_grad_norm = scaled  # type: ignore[assignment]  # pyright: ignore
         try:
             yield
         finally:
