@@ -10,10 +10,11 @@ from test_cli import in_process
 
 from dp2vae_fast.engine.audit import Check
 from dp2vae_fast.engine.clipping import FlatClipping
+from dp2vae_fast.engine.keystream import Stream
 from dp2vae_fast.engine.sampling import PoissonBatches
 from dp2vae_fast.engine.update import FusedUpdate
 from dp2vae_fast.trainer import Trainer
-from dp2vae_fast.vae import audit, encoder, loop
+from dp2vae_fast.vae import audit, encoder, loop, moments
 from dp2vae_fast.vae.audit import audit_run, verdict, write_audit
 from dp2vae_fast.vae.data import load_images, make_image_data
 from dp2vae_fast.vae.encoder import MODES, EncoderMode
@@ -42,7 +43,11 @@ def failed(checks: dict[str, Check]) -> list[str]:
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_with_a_guarantee_pass_and_private_fails_in_the_encoder_shift(mode, public_file):
     checks = audited(encoder=mode, **({"public_encoder": public_file} if mode == "public" else {}))
-    assert list(checks) == ["encoder shift", *([] if mode == "private" else ["stage 1 noise"]), *ENGINE]
+    assert list(checks) == [
+        "encoder shift",
+        *([] if mode == "private" else ["stage 1 noise", "stage 1 contribution"]),
+        *ENGINE,
+    ]
     assert failed(checks) == ([] if MODES[mode].end_to_end else ["encoder shift"])
     assert checks["contribution"].measured > 0.999
 
@@ -97,7 +102,8 @@ def test_class_means_with_too_little_noise(factor, monkeypatch):
         lambda *args, noise_multiplier, **rest: means(*args, noise_multiplier=factor * noise_multiplier, **rest),
     )
     checks = audited()
-    assert failed(checks) == ["stage 1 noise"] and checks["stage 1 noise"].measured == pytest.approx(factor)
+    assert failed(checks)[0] == "stage 1 noise" and checks["stage 1 noise"].measured == pytest.approx(factor)
+    assert set(failed(checks)) <= {"stage 1 noise", "stage 1 contribution"}
 
 
 def test_noise_that_stage_1_asks_for_and_leaves_out(monkeypatch):
@@ -108,7 +114,28 @@ def test_noise_that_stage_1_asks_for_and_leaves_out(monkeypatch):
         return means(*args, noise_multiplier=0.0, stream=stream, **rest)
 
     monkeypatch.setattr(encoder, "class_means", forgetful)
-    assert failed(audited()) == ["stage 1 noise"]
+    assert failed(audited()) == ["stage 1 noise", "stage 1 contribution"]
+
+
+@pytest.mark.parametrize("name", ["class_means", "covariance"])
+@pytest.mark.parametrize("fault", ["noise that is halved on its way", "clipping at twice the bound"])
+def test_moments_whose_noise_and_sensitivity_do_not_match(name, fault, monkeypatch):
+    computed, add, clipped = getattr(encoder, name), Stream.add_noise_, moments._clipped
+
+    def faulty(*args, **rest):
+        with pytest.MonkeyPatch.context() as patch:
+            if fault.startswith("noise"):
+                patch.setattr(Stream, "add_noise_", lambda self, x, std, *more: add(self, x, std / 2, *more))
+            else:
+                patch.setattr(moments, "_clipped", lambda x: 2 * clipped(x))
+            return computed(*args, **rest)
+
+    monkeypatch.setattr(encoder, name, faulty)
+    checks = audited()
+    if fault.startswith("noise"):
+        assert "stage 1 noise" in failed(checks) and set(failed(checks)) <= {"stage 1 noise", "stage 1 contribution"}
+    else:
+        assert failed(checks) == ["stage 1 contribution"] and checks["stage 1 contribution"].measured > 1.5
 
 
 def test_a_loop_that_takes_its_batches_from_a_shuffle(monkeypatch):
