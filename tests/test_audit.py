@@ -69,7 +69,13 @@ def test_a_sound_engine_passes(optimizer):
     assert all(check.passed for check in checks.values()), checks
     assert checks["contribution"].measured > 0.999  # the bound was reached, so doubling it would have shown
     assert checks["one-run epsilon"].limit <= 2
+    assert "can certify at most 2." in checks["one-run epsilon"].explanation
     json.dumps([check.to_dict() for check in checks.values()], allow_nan=False)
+
+
+def test_a_bound_that_can_refute_nothing_says_so():
+    checks = audited(script(noise_multiplier=0.4))
+    assert checks["one-run epsilon"].passed and "cannot fail" in checks["one-run epsilon"].explanation
 
 
 def test_opacus_own_engine_is_read_too_and_lets_non_finite_records_through():
@@ -276,6 +282,15 @@ def test_too_few_records_are_refused_in_one_line(records, message):
     x, y = fields()
     with pytest.raises(ValueError, match=message):
         audit_engine(script(), (x[:records], y[:records] if records else y[:5]), loss)
+
+
+def test_a_loader_without_batches_is_refused():
+    def make():
+        module, optimizer, _ = script()()
+        return module, optimizer, DataLoader(TensorDataset(*fields()), batch_size=None)
+
+    with pytest.raises(ValueError, match="no batch sampler"):
+        audit_engine(make, fields(), loss)
 
 
 def test_an_optimizer_that_hides_its_gradient_is_refused():

@@ -68,13 +68,13 @@ class Released:
     @contextmanager
     def clipped_to(self, factor: float) -> Iterator[None]:
         """The clip norm times ``factor``, for a while."""
-        before: Any = self.optimizer.max_grad_norm
-        scaled = [b * factor for b in before] if isinstance(before, list) else before * factor
-        self.optimizer.max_grad_norm = scaled  # type: ignore[assignment]  # pyright: ignore
+        optimizer: Any = self.optimizer
+        before = optimizer.max_grad_norm
+        optimizer.max_grad_norm = [b * factor for b in before] if isinstance(before, list) else before * factor
         try:
             yield
         finally:
-            self.optimizer.max_grad_norm = before
+            optimizer.max_grad_norm = before
 
     @torch.no_grad()
     def by_parameter(self, indices: Tensor, *, noisy: bool) -> list[Tensor]:
