@@ -98,7 +98,7 @@ def audit_engine(
         raise ValueError(f"records: fields of {sorted(lengths)} rows, expected one number of rows, at least {_BESIDE}")
     module, optimizer, loader = make()
     count = lengths.pop()
-    sampler: Any = loader.batch_sampler
+    sampler: Any = getattr(loader, "draws", loader.batch_sampler)
     if sampler is None:
         raise ValueError("the data loader has no batch sampler: give it a batch_size, so that its draws can be audited")
     size = len(loader.dataset)  # type: ignore[arg-type]
@@ -112,6 +112,8 @@ def audit_engine(
         optimizer.zero_grad()
         total = loss(module, *(field[indices].to(device) for field in pool))
         (total if len(indices) else total.nan_to_num()).backward()  # the mean over nobody
+        if getattr(optimizer, "padded", False):
+            optimizer.next_physical_batch(torch.ones(len(indices), dtype=torch.bool), True)
         optimizer.step()
 
     return audit_subject(
@@ -188,16 +190,16 @@ def divisor(subject: Subject, released: Released) -> Check:
 
 def noise(subject: Subject, released: Released) -> Check:
     """``noise``: what steps add to the clipped sum is normal, of the claimed size, and nowhere repeated."""
-    claimed = subject.noise_multiplier * released.sensitivity()
+    claimed = released.noise_std()
     if claimed == 0:
         return Check("noise", 0.0, FALSE_ALARM, "noise_multiplier is 0: nothing is private", at_least=True)
     elements = sum(p.numel() for p in released.parameters)
+    batches = [subject.ordinary[:0], subject.ordinary[:_BESIDE]]
+    exact = [released.by_parameter(batch, noisy=False) for batch in batches]
     steps = []
     for step in range(max(6, min(100, math.ceil(_NUMBERS / elements)))):
-        batch = subject.ordinary[: _BESIDE if step % 2 else 0]
-        exact = released.by_parameter(batch, noisy=False)
-        drawn = released.by_parameter(batch, noisy=True)
-        steps.append([((d - e) / claimed).float() for d, e in zip(drawn, exact, strict=True)])
+        drawn = released.by_parameter(batches[step % 2], noisy=True)
+        steps.append([((d - e) / claimed).float() for d, e in zip(drawn, exact[step % 2], strict=True)])
     every = torch.cat([z.flatten() for step in steps for z in step])
     p_values = noise_p_values(steps)
     name, probability = worst(p_values)
@@ -251,7 +253,7 @@ def one_run(subject: Subject, released: Released, seed: int = 0) -> Check:
         total / steps,
         present,
         rate=subject.sample_rate,
-        variance=(subject.noise_multiplier * released.sensitivity()) ** 2 / steps,
+        variance=released.noise_std() ** 2 / steps,
         delta=subject.delta,
     )
     useless = "" if guessed.largest_possible > claimed else ", so that this check cannot fail"
@@ -272,7 +274,7 @@ def _worth(noise_multiplier: float, sample_rate: float, delta: float) -> tuple[i
     def claimed(steps: int, accountant: str = "prv") -> float:
         return epsilon([Mechanism("audited", noise_multiplier, sample_rate, steps)], delta, accountant)
 
-    steps = _STEPS
+    steps = _STEPS if claimed(1) <= _WORTH else 1
     while steps > 1 and claimed(steps) > _WORTH:
         steps = math.floor(0.7 * steps)
     return steps, min(claimed(steps), claimed(steps, "rdp"))

@@ -65,6 +65,14 @@ class Released:
         own = getattr(self.optimizer, "sensitivity", None)
         return float(own() if own is not None else self.optimizer.max_grad_norm)
 
+    def noise_std(self) -> float:
+        """Standard deviation that the noise in the sum must have, for what is claimed of the step as a whole."""
+        multiplier = self.subject.noise_multiplier
+        clipping = getattr(self.optimizer, "clipping", None)
+        if clipping is not None:  # a mode may spend a part of the noise elsewhere
+            multiplier = clipping.gradient_noise_multiplier(multiplier)
+        return multiplier * self.sensitivity()
+
     @contextmanager
     def clipped_to(self, factor: float) -> Iterator[None]:
         """The clip norm times ``factor``, for a while."""
@@ -80,7 +88,7 @@ class Released:
     def by_parameter(self, indices: Tensor, *, noisy: bool) -> list[Tensor]:
         """The released sum of one step on the records at ``indices``, float64, a tensor for each parameter."""
         weights = [p.detach().clone() for p in self.parameters]
-        multiplier = self.optimizer.noise_multiplier
+        multiplier, bound = self.optimizer.noise_multiplier, self.optimizer.max_grad_norm
         self.inner.state.clear()
         self.optimizer.noise_multiplier = multiplier if noisy else 0.0
         try:
@@ -88,7 +96,7 @@ class Released:
                 self.subject.take_step(indices)
             return [self._gradient(p, w) * self.divisor for p, w in zip(self.parameters, weights, strict=True)]
         finally:
-            self.optimizer.noise_multiplier = multiplier
+            self.optimizer.noise_multiplier, self.optimizer.max_grad_norm = multiplier, bound
             for p, w in zip(self.parameters, weights, strict=True):
                 p.copy_(w)
 
