@@ -8,20 +8,29 @@ from .engine.privacy_engine import PrivacyEngine
 from .ops import backend, backends_table
 
 if TYPE_CHECKING:
+    from .engine.audit import audit_engine
     from .trainer import Trainer
     from .vae.release import load_decoder
 
-__all__ = ["PrivacyEngine", "Trainer", "backend", "backends_table", "load_decoder", "register_layer_rule"]
+__all__ = [
+    "PrivacyEngine",
+    "Trainer",
+    "audit_engine",
+    "backend",
+    "backends_table",
+    "load_decoder",
+    "register_layer_rule",
+]
 __version__ = "0.1.0"
 
-_TRAIN = {"Trainer": "trainer", "load_decoder": "vae.release"}
+_LATER = {"Trainer": "trainer", "audit_engine": "engine.audit", "load_decoder": "vae.release"}
 
 
 def __getattr__(name: str):
-    """The doors of the system, imported on first use: they need the ``[train]`` extra, the engine does not."""
-    if name not in _TRAIN:
+    """Imported on first use: the audit takes a while, and the doors of the system need the ``[train]`` extra."""
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(importlib.import_module(f".{_TRAIN[name]}", __name__), name)
+        return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
     except ModuleNotFoundError as error:
         raise ImportError(f'{name} needs {error.name}: pip install "dp2vae_fast[train]"') from error

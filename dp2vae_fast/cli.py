@@ -1,4 +1,4 @@
-"""The command line: ``dp2vae train | sample | evaluate | info``.
+"""The command line: ``dp2vae train | sample | evaluate | audit | info``.
 
 Every error that a user can cause ends as one line on standard error and exit code 2.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +19,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from .config import Config, ConfigError, load_config, recipes
+from .engine.audit import Check
 from .ops import backends_table
 from .runs.checkpoint import RunError, write_atomic, write_json
 from .runs.environment import versions
 from .runs.folder import read_run
 from .trainer import Trainer, load_split, sampler
+from .vae.audit import CANARIES, write_audit
 from .vae.classifiers import EvaluationError
 from .vae.data import DataError, to_pixels
 from .vae.evaluate import evaluate as evaluate_samples
@@ -152,6 +155,47 @@ def evaluate(
 
 
 @app.command()
+def audit(
+    run: Annotated[Path | None, typer.Argument(help="Folder of a run, whose configuration is audited.")] = None,
+    recipe: Annotated[str | None, typer.Option(help=f"One of {', '.join(recipes())}.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file of settings; a flag beats it.")] = None,
+    data: Annotated[str | None, typer.Option(help="As for train; the run's data, where they have moved.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="linear, dp, public or private.")] = None,
+    public_encoder: Annotated[str | None, typer.Option(help="Its checkpoint, or a public data set.")] = None,
+    target_epsilon: Annotated[float | None, typer.Option("--target-epsilon", "--epsilon")] = None,
+    target_delta: Annotated[float | None, typer.Option("--target-delta", "--delta")] = None,
+    noise_multiplier: Annotated[float | None, typer.Option(help="Instead of a target; 0: not private.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the audit's own coins; 0 unless given.")] = None,
+    canaries: Annotated[int, typer.Option(min=8, help="Coins of the one-run bound on epsilon.")] = CANARIES,
+    engine: Annotated[str | None, typer.Option(help="fused, or opacus (the reference path).")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    settings: Setting = None,
+) -> None:
+    """Run the training of a configuration with canaries and hold it against what is claimed. Exit code 1: it failed.
+
+    Its figures come from real records without noise: they are for the curator.
+    """
+    flags = {key: value for key, value in locals().items() if key in _FIELDS and value is not None}
+    chosen = _parse_settings(settings) | flags
+    if run is None:
+        complete = load_config(recipe=recipe or (None if config else "digits"), file=config, overrides=chosen)
+    else:
+        if recipe or config or set(chosen) - {"data", "seed", "device"}:
+            raise ConfigError(f"{run} has its own configuration: only --data, --seed and --device can be changed")
+        known = {k: v for table in read_run(run)["config"].values() for k, v in table.items() if v is not None}
+        complete = load_config(overrides=known | chosen)
+        if load_split(complete)[0].sha256 != read_run(run)["data_sha256"]:
+            raise RunError(f"{complete.data.data} does not hold the records of {run}: name the run's data with --data")
+    with _Bars() as bars:
+        checks = Trainer(config=complete, observer=bars.hear).audit(canaries)
+    if run is not None:
+        write_audit(run, checks)
+    _print_checks(checks)
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
 def info() -> None:
     """Versions, devices, and which backend of every op is available here."""
     found = versions() | {"cuda": torch.version.cuda or "not in this build of torch"}
@@ -256,6 +300,16 @@ def _print_backends() -> None:
     _out.print(table)
     for number, reason in enumerate(reasons, 1):
         _out.print(f"({number}) {reason}", highlight=False, soft_wrap=True)
+
+
+def _print_checks(checks: Sequence[Check]) -> None:
+    table = Table("check", "", "measured", "limit", "what was measured")
+    for check in checks:
+        limit = f"{'≥' if check.at_least else '≤'} {check.limit:.6g}"
+        verdict = "passed" if check.passed else "[bold red]failed[/]"
+        table.add_row(check.name, verdict, f"{check.measured:.6g}", limit, check.explanation)
+    _out.print(table)
+    _out.print("These figures are not private: they are for the curator. An audit finds faults; it proves nothing.")
 
 
 def _print_result(out: Path, report: dict[str, Any], metrics: dict[str, Any] | None) -> None:

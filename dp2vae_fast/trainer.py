@@ -13,20 +13,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .config import Config, ConfigError, load_config
+from .engine.audit import Check
 from .runs.folder import RunFolder, check_output
 from .runs.interrupt import StopRequest
 from .runs.keys import take_keys
+from .vae.audit import CANARIES, audit_run
 from .vae.budget import calibrate_step, plan_budget
 from .vae.data import ImageData, check_trainable, load_images, to_pixels, train_test_split
 from .vae.encoder import MODES, Pretrained, pretrain
 from .vae.evaluate import evaluate
-from .vae.latents import LatentCache
+from .vae.latents import LatentCache, decoder_losses
 from .vae.loop import make_optimizer
-from .vae.losses import negative_iwae, reconstruction
 from .vae.models import Decoder, ModelSpec, build_decoder
 from .vae.release import save_for_curator, save_release
 from .vae.report import report_on
@@ -130,6 +131,32 @@ class Trainer:
             self.report = report_on(stage, MODES[config.privacy.encoder], doubts)
         return self
 
+    def audit(self, canaries: int = CANARIES) -> list[Check]:
+        """Audit this configuration on these records: an in-memory run of its own, of which nothing is kept.
+
+        See :func:`~dp2vae_fast.vae.audit.audit_run`. The checks' figures come from records without noise: they are for
+        the curator. Noise is drawn from a seed, so that an audit can be repeated.
+
+        Args:
+            canaries: coins of the one-run bound on epsilon, which can certify little more than ln(canaries / 5).
+        """
+        config = self.config
+        if config.performance.threads is not None:
+            torch.set_num_threads(config.performance.threads)
+        seed = 0 if config.privacy.seed is None else config.privacy.seed
+        config = replace(config, privacy=replace(config.privacy, seed=seed))
+        device = find_device(config.performance.device)
+        train, _ = load_split(config, self._images)
+        spec, budget = model_spec(config, train), plan_budget(config, len(train))
+        with StopRequest() as stop:
+
+            def stage(records: ImageData) -> Stage:
+                run = RunFolder(None, resume=False, config=config, data_sha256=records.sha256)
+                keys = take_keys(run.ledger, config, records.sha256, device, None)
+                return Stage(config, spec, records, budget, run, keys, device, stop, self.observer)
+
+            return audit_run(stage(train), stage, canaries=canaries)
+
     def evaluate(self, features: Sequence[str] = ("cnn",), samples: int = 5000, seed: int = 0) -> dict[str, Any]:
         """The content of ``metrics.json``, from ``samples`` synthetic images and the held-out real ones.
 
@@ -150,7 +177,7 @@ class Trainer:
 
 def train_decoder(stage: Stage, pretrained: Pretrained) -> Decoder:
     """Stage 2: DP-SGD on the decoder alone, from the frozen encoder's latents."""
-    settings, model, decoder = stage.config.optimization, stage.config.model, pretrained.decoder
+    settings, decoder = stage.config.optimization, pretrained.decoder
     path = stage.run.curator_file("latents.f32")
     if path is None:
         latents = LatentCache.build(pretrained.encoder, stage.train, stage.device)
@@ -171,27 +198,12 @@ def train_decoder(stage: Stage, pretrained: Pretrained) -> Decoder:
     if settings.ema_decay > 0:
         average = AveragedModel(decoder, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
         parts["average"] = average
-    samples = model.iwae_samples
-
-    def losses(module: nn.Module, indices: Tensor) -> Tensor:
-        images, labels = stage.train.batch(indices)
-        mean, log_variance = (x.repeat_interleave(samples, 0) for x in latents.posterior(indices))
-        z = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=noise).to(mean.device)
-        labels = None if labels is None or not stage.spec.num_classes else labels.repeat_interleave(samples, 0)
-        images = images.repeat_interleave(samples, 0)
-        missed = reconstruction(module(z, labels), images, stage.spec.likelihood)
-        if samples == 1:
-            return missed
-        shape = (len(indices), samples)
-        posterior = (mean.unflatten(0, shape)[:, 0], log_variance.unflatten(0, shape)[:, 0])
-        return negative_iwae(missed.reshape(shape), z.unflatten(0, shape), *posterior, beta=model.beta)
-
     stage.run_dp_sgd(
         mechanism,
         decoder,
         optimizer,
-        losses,
-        rows_per_record=samples,
+        decoder_losses(stage.train, latents, noise, stage.spec, stage.config.model),
+        rows_per_record=stage.config.model.iwae_samples,
         parts=parts,
         on_step=lambda: None if average is None else average.update_parameters(decoder),
     )

@@ -57,7 +57,10 @@ class PoissonBatches:
         return self
 
     def __next__(self) -> list[PhysicalBatch]:
-        drawn = self.stream.poisson(self.dataset_size, self.sample_rate)
+        return self.split(self.stream.poisson(self.dataset_size, self.sample_rate))
+
+    def split(self, drawn: Tensor) -> list[PhysicalBatch]:
+        """The physical batches of one draw, at least one: ``drawn`` are the indices of its records."""
         size = self.physical_batch_size
         count = max(1, math.ceil(len(drawn) / size))
         indices = torch.zeros(count * size, dtype=torch.int64)

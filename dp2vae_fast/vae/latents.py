@@ -1,4 +1,5 @@
-"""The latent cache: what a frozen encoder says of every training record, computed once for all of stage 2."""
+"""The latent cache: what a frozen encoder says of every training record, computed once for all of stage 2, and the
+loss that stage 2 makes of it."""
 
 from __future__ import annotations
 
@@ -12,8 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..config import ModelConfig
 from ..runs.checkpoint import write_atomic, write_json
 from .data import ImageData, to_unit
+from .loop import RecordLosses
+from .losses import negative_iwae, reconstruction
+from .models import ModelSpec
 
 _ROWS = 1024
 
@@ -52,6 +57,29 @@ class LatentCache:
         """Mean and log-variance of the records at ``indices [B]``, each ``[B, latent_dim]``, on the indices' device."""
         mean, log_variance = self.values[indices.cpu()].to(indices.device).unbind(1)
         return mean, log_variance
+
+
+def decoder_losses(
+    data: ImageData, latents: LatentCache, noise: torch.Generator, spec: ModelSpec, model: ModelConfig
+) -> RecordLosses:
+    """Stage 2's loss of each record: ``iwae_samples`` latents from its cached posterior, by ``noise`` drawn by place in
+    the batch, and what the decoder then misses of the image."""
+    samples = model.iwae_samples
+
+    def losses(module: nn.Module, indices: Tensor) -> Tensor:
+        images, labels = data.batch(indices)
+        mean, log_variance = (x.repeat_interleave(samples, 0) for x in latents.posterior(indices))
+        z = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=noise).to(mean.device)
+        labels = None if labels is None or not spec.num_classes else labels.repeat_interleave(samples, 0)
+        images = images.repeat_interleave(samples, 0)
+        missed = reconstruction(module(z, labels), images, spec.likelihood)
+        if samples == 1:
+            return missed
+        shape = (len(indices), samples)
+        posterior = (mean.unflatten(0, shape)[:, 0], log_variance.unflatten(0, shape)[:, 0])
+        return negative_iwae(missed.reshape(shape), z.unflatten(0, shape), *posterior, beta=model.beta)
+
+    return losses
 
 
 @torch.no_grad()

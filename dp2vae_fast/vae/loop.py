@@ -6,7 +6,7 @@ gradients clipped and summed, noise added, the optimizer stepped; only then does
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from ..engine.accounting import Mechanism
 from ..engine.keystream import Keystream
 from ..engine.privacy_engine import PrivacyEngine
-from ..engine.sampling import PoissonBatches
+from ..engine.sampling import PhysicalBatch, PoissonBatches
 from ..runs.ledger import Ledger
 from .opacus_step import privatize_with_opacus
 
@@ -106,7 +106,7 @@ def dp_sgd(
         sample_rate=dp.sample_rate,
         physical_batch_size=physical_batch_size,
     )
-    private_module, private_optimizer = _privatize(module, optimizer, dp, keystream, engine)
+    private_module, private_optimizer = privatize(module, optimizer, dp, keystream, engine)
     coins.advance_to(0, coin_step=first_step)
     private_optimizer.stream.advance_to(first_step)
     device = next(module.parameters()).device
@@ -115,24 +115,37 @@ def dp_sgd(
     try:
         for step in range(first_step, dp.steps):
             ledger.reserve(dp.mechanism, step + 1, last=dp.steps)
-            loss, records = torch.zeros((), device=device), 0
-            for physical in next(batches):
-                mask = physical.mask.to(device)
-                losses = record_losses(private_module, physical.indices.to(device))
-                losses = torch.where(mask, losses, 0.0)
-                losses.mean().backward()
-                private_optimizer.signal_skip_step(do_skip=not physical.last)
-                private_optimizer.step()
-                private_optimizer.zero_grad(set_to_none=True)
-                loss += losses.detach().sum()
-                records += int(physical.mask.sum())
+            loss, records = step_on(private_module, private_optimizer, record_losses, next(batches), device)
             if on_step is not None:
                 on_step(StepInfo(step + 1, loss / max(records, 1), records))
     finally:
         private_module.to_standard_module()
 
 
-def _privatize(
+def step_on(
+    private_module: nn.Module,
+    private_optimizer: Any,
+    record_losses: RecordLosses,
+    draw: Iterable[PhysicalBatch],
+    device: torch.device,
+) -> tuple[Tensor, int]:
+    """One step on one draw, from its first forward to the optimizer's step: the sum of its losses (for the curator's
+    eyes only) and the number of its records."""
+    loss, records = torch.zeros((), device=device), 0
+    for physical in draw:
+        mask = physical.mask.to(device)
+        losses = record_losses(private_module, physical.indices.to(device))
+        losses = torch.where(mask, losses, 0.0)
+        losses.mean().backward()
+        private_optimizer.signal_skip_step(do_skip=not physical.last)
+        private_optimizer.step()
+        private_optimizer.zero_grad(set_to_none=True)
+        loss += losses.detach().sum()
+        records += int(physical.mask.sum())
+    return loss, records
+
+
+def privatize(
     module: nn.Module, optimizer: Optimizer, dp: StepMechanism, keystream: Keystream, engine: str
 ) -> tuple[Any, Any]:
     """The two engines differ here and nowhere else. The mean's divisor is the physical batch size, which is a
