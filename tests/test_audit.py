@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dp2vae_fast import PrivacyEngine, ops
 from dp2vae_fast.engine.audit import FALSE_ALARM, Check, audit_engine
+from dp2vae_fast.engine.audit.one_run import attack, epsilon_lower_bound, right_guesses_p_value
+from dp2vae_fast.engine.audit.randomness import noise_p_values, sampler_p_values, worst
 from dp2vae_fast.engine.keystream import Keystream, Stream
-from dp2vae_fast.engine.one_run import attack, epsilon_lower_bound, right_guesses_p_value
 from dp2vae_fast.engine.optimizer import DPOptimizer
-from dp2vae_fast.engine.randomness import noise_p_values, sampler_p_values, worst
 from dp2vae_fast.engine.update import FusedUpdate
 
 NAMES = ["contribution", "neighbours", "divisor", "noise", "sampler", "one-run epsilon"]

@@ -219,7 +219,7 @@ def test_a_verdict_has_no_figure_and_the_report_carries_it(tmp_path):
         Check("three", 0.1, 1.0, "x", True),
     ]
     write_audit(tmp_path / "run", checks)
-    written = json.loads((tmp_path / "run" / "audit.json").read_text())
+    written = json.loads((tmp_path / "run" / "curator" / "audit.json").read_text())
     assert [c["passed"] for c in written["checks"]] == [True, False, False] and not written["passed"]
     assert written["checks"][1]["measured"] is None and not written["private"]
     report = json.loads((tmp_path / "run" / "privacy.json").read_text())
@@ -236,7 +236,7 @@ def test_the_command_audits_a_configuration_and_a_run(tmp_path, capsys, monkeypa
     assert code == 0, err
     assert all(name in printed for name in ["encoder shift", *ENGINE]) and "for the curator" in printed
     assert json.loads((tmp_path / "run" / "privacy.json").read_text())["audit"].startswith("passed: encoder shift")
-    assert json.loads((tmp_path / "run" / "audit.json").read_text())["passed"]
+    assert json.loads((tmp_path / "run" / "curator" / "audit.json").read_text())["passed"]
     code, printed, _ = in_process(
         capsys, monkeypatch, "audit", "--encoder", "private", "--noise-multiplier", 3, *few, *small.FLAGS
     )

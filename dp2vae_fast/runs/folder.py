@@ -2,11 +2,11 @@
 
 ::
 
-    OUT/decoder.safetensors  decoder.json  privacy.json  privacy.md  samples.png  metrics.json  audit.json
-    OUT/curator/run.json  ledger  stage1.pt  DP-SGD.pt  history.csv  curves.png  real.png
+    OUT/decoder.safetensors  decoder.json  privacy.json  privacy.md  samples.png  metrics.json
+    OUT/curator/run.json  ledger  stage1.pt  DP-SGD.pt  history.csv  curves.png  real.png  audit.json
 
-Only what lies outside ``curator/`` may leave the curator's hands; ``metrics.json`` says itself which of its figures are
-private, and ``audit.json`` that none of its are.
+Only what lies outside ``curator/`` may leave the curator's hands; ``metrics.json`` says itself which of its figures
+are private.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..engine.audit import Check, audit_subject
-from ..engine.released import Released, Subject
+from ..engine.audit.released import Released, Subject
 from ..engine.sampling import PoissonBatches
 from ..runs.checkpoint import write_json
 from .budget import DP_SGD
@@ -191,12 +191,11 @@ def verdict(checks: Sequence[Check]) -> str:
 
 
 def write_audit(folder: Path, checks: Sequence[Check]) -> None:
-    """Write ``audit.json`` into the folder of a run, and into its report, where it has one, that the audit was run."""
+    """Write ``curator/audit.json`` of a run, and into its report, where it has one, that the audit was run."""
     write_json(
-        folder / "audit.json",
+        folder / "curator" / "audit.json",
         {
             "passed": all(check.passed for check in checks),
-            "private": False,
             "note": "figures come from real records without noise: they are for the curator",
             "checks": [check.to_dict() for check in checks],
         },

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from ..engine.accounting import Mechanism
 from ..engine.audit import FALSE_ALARM, Check
+from ..engine.audit.randomness import noise_p_values, worst
 from ..engine.keystream import Stream
-from ..engine.randomness import noise_p_values, worst
 from .loop import RecordLosses
 from .stage import Stage
 

@@ -1,7 +1,7 @@
 """An audit of DP-SGD as it really runs: what one record contributes, what is drawn, and what an attacker learns.
 
 Every figure comes from steps that the user's own optimizer takes on the user's own model and loss
-(:mod:`~.released`). An audit can find faults; it proves no guarantee.
+(:mod:`.released`). An audit can find faults; it proves no guarantee.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .accounting import Mechanism, epsilon
+from ..accounting import Mechanism, epsilon
 from .crafted import extreme_records, hostile_records
 from .one_run import attack
 from .randomness import noise_p_values, sampler_p_values, worst
