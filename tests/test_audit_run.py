@@ -221,7 +221,7 @@ def test_a_verdict_has_no_figure_and_the_report_carries_it(tmp_path):
     write_audit(tmp_path / "run", checks)
     written = json.loads((tmp_path / "run" / "curator" / "audit.json").read_text())
     assert [c["passed"] for c in written["checks"]] == [True, False, False] and not written["passed"]
-    assert written["checks"][1]["measured"] is None and not written["private"]
+    assert written["checks"][1]["measured"] is None
     report = json.loads((tmp_path / "run" / "privacy.json").read_text())
     assert report == run.report | {"audit": "failed: two, three"}
     assert "Audit: failed: two, three." in (tmp_path / "run" / "privacy.md").read_text()
