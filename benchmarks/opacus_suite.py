@@ -138,8 +138,12 @@ EXPLAINED: list[tuple[str, str, str, str]] = [
         "internal",
         "wants the mode ew to refuse the layer, which fused mode trains",
     ),
-    ("*::test_per_layer_clipping", "clipping='flat' only", "not yet", "per-layer clipping"),
-    ("*::test_privacy_accounting_with_adaclip_e2e", "clipping='flat' only", "not yet", "adaptive clipping"),
+    (
+        "*::test_privacy_accounting_with_adaclip_e2e",
+        "AdaClipDPOptimizer",
+        "internal",
+        "asserts that the optimizer is an AdaClipDPOptimizer",
+    ),
     (
         "grad_samples/dp_rnn_test.py::*",
         "returns .* in a call on",
