@@ -395,8 +395,8 @@ def frozen(rank: int) -> nn.Module:
     return model
 
 
-def shares(rank: int, **kwargs) -> DataLoader:
-    return data(sampler=DistributedSampler(records(), SIZE, rank, **kwargs))
+def shares(rank: int, n: int = N, **kwargs) -> DataLoader:
+    return data(n=n, sampler=DistributedSampler(records(n=n), SIZE, rank, **kwargs))
 
 
 def wrap(rank: int, wrapper: Callable[[nn.Module], nn.Module]) -> None:
@@ -449,6 +449,7 @@ REFUSED: dict[str, Callable[[int], Any]] = {
     ),
     "DistributedSampler with drop_last": lambda r: private(r, small_model(), poisson_sampling=False),
     "could reach several ranks": lambda r: private(r, small_model(), data_loader=shares(0), poisson_sampling=False),
+    "or one rank twice": lambda r: private(r, small_model(), data_loader=shares(r, n=N + 1), poisson_sampling=False),
     "DistributedDataParallel averages": lambda r: wrap(r, nn.parallel.DistributedDataParallel),
     "sharded parameters": lambda r: wrap(r, fsdp),
     "is inside the module": lambda r: wrap(r, lambda model: nn.Sequential(DPDDP(model))),
@@ -462,6 +463,15 @@ REFUSED: dict[str, Callable[[int], Any]] = {
 def test_it_is_refused_on_every_rank(pair: Pair, name: str):
     for message in pair(refused, name):
         assert re.search(name, message), message
+
+
+def opacus_own_mode(rank: int) -> str:
+    _, optimizer, _ = private(rank, small_model(), grad_sample_mode="hooks")
+    return type(optimizer).__module__
+
+
+def test_opacus_own_modes_are_passed_through(pair: Pair):
+    assert pair(opacus_own_mode) == ["opacus.optimizers.ddpoptimizer"] * SIZE
 
 
 def test_ranks_without_a_process_group_are_refused():
