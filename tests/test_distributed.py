@@ -447,6 +447,9 @@ REFUSED: dict[str, Callable[[int], Any]] = {
     "different sources of noise": lambda r: private(
         r, small_model(), engine=PrivacyEngine(keystream=[Keystream.secret(), Keystream.seeded(1)][r])
     ),
+    "different orders of records": lambda r: private(
+        r, small_model(), data_loader=shares(r, drop_last=True, seed=r), poisson_sampling=False
+    ),
     "DistributedSampler with drop_last": lambda r: private(r, small_model(), poisson_sampling=False),
     "could reach several ranks": lambda r: private(r, small_model(), data_loader=shares(0), poisson_sampling=False),
     "or one rank twice": lambda r: private(r, small_model(), data_loader=shares(r, n=N + 1), poisson_sampling=False),

@@ -148,6 +148,7 @@ class Ranks:
                 "dataset_size": dataset_size,
                 "poisson_sampling": poisson_sampling,
                 "samplers": type(sampler).__name__,
+                "orders of records": [getattr(sampler, key, None) for key in ("shuffle", "seed", "epoch")],
             }
         )
         if not poisson_sampling and not all(self.gather(apart)):
