@@ -156,7 +156,7 @@ def test_one_record_moves_the_count_by_half_and_padding_by_nothing():
     ]:
         clipping = AdaptiveClipping(stream=Keystream.secret().stream("count"))
         clipping.factors({0: Kept(rows)}, 10.0, 1.0, mask)
-        counts.append(clipping._count)
+        counts.append(clipping.count)
     assert counts == [2.0, 2.5, 2.0, 1.5]
 
 

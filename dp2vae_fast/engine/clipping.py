@@ -58,9 +58,13 @@ class FlatClipping:
     Args:
         count_rounding: divide by an upper bound of the norm (as computed, plus a bound of its rounding error)
             instead of the norm as computed. Off, a record may exceed the bound by rounding: for comparisons only.
+
+    Attributes:
+        count: a number that each record of the pending sum adds to, for modes that release one (with noise).
     """
 
     count_rounding: bool = True
+    count: float = field(default=0.0, init=False, repr=False)
 
     def sensitivity(self, max_grad_norm: float) -> float:
         """Largest norm of one record's part of the sum."""
@@ -227,7 +231,6 @@ class AdaptiveClipping(FlatClipping):
     count_noise: float = 10.0
     smallest: float = 1e-3
     largest: float = 1e3
-    _count: float = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0.0 < self.smallest < self.largest < math.inf:
@@ -249,7 +252,7 @@ class AdaptiveClipping(FlatClipping):
         found = super().factors(gradients, max_grad_norm, scale, mask)
         factors = next(iter(found.values()))
         unclipped = int((factors >= scale).sum())
-        self._count += unclipped - 0.5 * (len(factors) if mask is None else int(mask.sum()))
+        self.count += unclipped - 0.5 * (len(factors) if mask is None else int(mask.sum()))
         return found
 
     def gradient_noise_multiplier(self, noise_multiplier: float) -> float:
@@ -265,12 +268,12 @@ class AdaptiveClipping(FlatClipping):
 
     def next_bound(self, max_grad_norm: float, records: float) -> float:
         assert self.stream is not None
-        count = torch.tensor([self._count], dtype=torch.float64)
+        count = torch.tensor([self.count], dtype=torch.float64)
         self.stream.add_noise_([count], self.count_noise)
-        self._count = 0.0
+        self.count = 0.0
         fraction = float(count) / records + 0.5
         moved = max_grad_norm * math.exp(-self.learning_rate * (fraction - self.target_quantile))
         return min(max(moved, self.smallest), self.largest)
 
     def forget(self) -> None:
-        self._count = 0.0
+        self.count = 0.0

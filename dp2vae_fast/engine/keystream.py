@@ -168,6 +168,10 @@ class Stream(_Unpicklable):
             self._step += 1
             return self._step - 1
 
+    def new_key(self) -> Tensor:
+        """256 bits for another `Keystream`, int32 ``[8]``; takes one step."""
+        return noise.random_words(self.key_tensor(), torch.tensor(self.next_step()), self.mechanism, noise.NOISE, 0, 8)
+
     def add_noise_(self, tensors: Sequence[Tensor], std: float, indices: Sequence[int] | None = None) -> None:
         """Add ``std * z`` to every tensor in place, z standard normal, and take one step.
 

@@ -11,7 +11,7 @@ import torch
 from opacus.data_loader import wrap_collate_with_empty
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from .keystream import Stream
 from .sampling import PoissonSampler
@@ -27,8 +27,13 @@ def public_rate(loader: DataLoader, dataset_size: int) -> tuple[float, int]:
         raise ValueError(f"dataset_size is {dataset_size}: there must be at least one record")
     if loader.batch_size is None:
         raise ValueError("dataset_size needs a data loader with a batch_size: the rate is batch_size / dataset_size")
-    expected = min(loader.batch_size, dataset_size)
+    expected = min(loader.batch_size * _ranks(loader), dataset_size)
     return expected / dataset_size, math.ceil(dataset_size / expected)
+
+
+def _ranks(loader: DataLoader) -> int:
+    """How many ranks' batches make up one batch: those of a ``DistributedSampler``, or 1."""
+    return loader.sampler.num_replicas if isinstance(loader.sampler, DistributedSampler) else 1
 
 
 class PoissonDataLoader(DataLoader):
@@ -57,6 +62,7 @@ class PoissonDataLoader(DataLoader):
         batch_first: bool = True,
         dataset_size: int | None = None,
         physical_batch_size: int | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> PoissonDataLoader:
         """Replace the sampler of ``loader``; everything else is kept.
 
@@ -67,6 +73,9 @@ class PoissonDataLoader(DataLoader):
                 batches of the loader, as Opacus has it, and the number of records is thereby taken as public.
             physical_batch_size: rows of every batch that is yielded. A draw becomes one or more of them, the last one
                 padded with zeros; ``on_batch`` tells the optimizer.
+            share: ``(rank, ranks)`` where each rank draws from records of its own. Rate, expected batch size and number
+                of draws are those of all ranks together, of which a loader with a ``DistributedSampler`` gives one
+                rank's part.
 
         Raises:
             ValueError: an iterable data set, which has no records to draw from; a loader without a batch, or with
@@ -81,7 +90,10 @@ class PoissonDataLoader(DataLoader):
                 "the data loader has no batch: the data set is smaller than one batch and drop_last is set"
             )
         size = len(loader.dataset)  # type: ignore[arg-type]
-        if loader.batch_sampler is None or len(loader.sampler) != size:  # type: ignore[arg-type]
+        given = len(loader.sampler)  # type: ignore[arg-type]
+        if _ranks(loader) == share[1] > 1:
+            given = size
+        if loader.batch_sampler is None or given != size:
             raise ValueError(
                 f"the data loader does not give all {size} records of its data set, in batches, and Poisson "
                 "sampling would draw from all of them: give it a torch.utils.data.Subset and a batch_size"
@@ -92,7 +104,9 @@ class PoissonDataLoader(DataLoader):
             expected = round(rate * dataset_size)
         collate = wrap_collate_with_empty(collate_fn=loader.collate_fn, batch_first=batch_first)
         collate([loader.dataset[0]])  # it learns what a batch looks like, should the first draw be empty
-        sampler: Sampler[list[int]] = PoissonSampler(stream, dataset_size=size, sample_rate=rate, steps=steps)
+        sampler: Sampler[list[int]] = PoissonSampler(
+            stream, dataset_size=size, sample_rate=rate, steps=steps, share=share
+        )
         if physical_batch_size is not None:
             sampler = PhysicalBatchSampler(sampler, physical_batch_size)
             collate = PaddedCollate(collate, physical_batch_size, 0 if batch_first else 1)

@@ -242,9 +242,13 @@ class DPOptimizer(OpacusDPOptimizer):
             self._batches = 0  # the rest of this batch is to come
             return False
         self._is_last_step_skipped = False
+        self._sum_up()
         if self.step_hook:
             self.step_hook(self)
         return True
+
+    def _sum_up(self) -> None:
+        """This process's part of the sum is complete: here others add theirs (:mod:`.distributed`)."""
 
     def _check_settings(self) -> None:
         """What a schedule may have set since the last step."""

@@ -44,8 +44,8 @@ def sum_rounding(expected_records: float, dtype: torch.dtype = torch.float32) ->
     Every term ``c_n g_n`` is at most C long and passes through at most h additions, so either of the two sums is off
     by at most ``h u`` times the sum of their lengths (Higham, *Accuracy and Stability of Numerical Algorithms*, ch. 4):
     ``2 h u B`` together, for at most B records and the unit roundoff u of ``dtype``. Records are added in parts of
-    :data:`RECORDS_PER_PART`, blocks of :data:`PARTS_PER_BLOCK` parts and physical batches in float64, and the total is
-    rounded once: ``h = RECORDS_PER_PART + PARTS_PER_BLOCK + 4``.
+    :data:`RECORDS_PER_PART`, blocks of :data:`PARTS_PER_BLOCK` parts, physical batches and what other ranks have in
+    float64, and the total is rounded once: ``h = RECORDS_PER_PART + PARTS_PER_BLOCK + 4``.
 
     Products over several positions are summed in float64. There a term is not a record's contribution but a part of
     it, and parts may cancel: the lengths of a record's T parts add up to at most ``C / sqrt(2 T u s)``, since its clip

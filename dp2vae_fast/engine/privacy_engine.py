@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from .capture import Capture
 from .clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, GroupClipping
+from .distributed import DistributedDPOptimizer, Ranks
 from .keystream import Keystream
 from .loader import PoissonDataLoader, public_rate
 from .module import FusedGradSampleHooks, FusedGradSampleModule
@@ -66,6 +67,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         self.keystream = keystream or Keystream.secret()
         self._fused = True
         self._loader_options: dict[str, int | None] = {}
+        self._ranks: Ranks | None = None  # those that train the module made private last
         if secure_mode and self.keystream.source != "secret":
             raise ValueError("secure_mode=True needs a secret keystream: pass Keystream.secret() or none")
         self._captures: weakref.WeakKeyDictionary[nn.Module, Capture] = weakref.WeakKeyDictionary()
@@ -94,7 +96,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
         """Make module, optimizer and data loader private; the user's loop stays as it is.
 
         Args:
-            module: the model. Its gradients must come from the loss of a batch alone.
+            module: the model. Its gradients must come from the loss of a batch alone. To train it in several processes
+                wrap it in Opacus' ``DifferentiallyPrivateDistributedDataParallel`` and call this on every rank, with
+                the same data set and settings: ``batch_size`` is that of all ranks together, or one rank's where the
+                loader has a ``DistributedSampler`` (:mod:`.distributed`).
             optimizer: over parameters of ``module``.
             criterion: for Opacus' mode "ghost", whose backward pass it replaces; not used in mode "fused".
             data_loader: gives batches of records.
@@ -273,6 +278,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 "the module was compiled before make_private, which must come first: pass the plain module, and "
                 "compile what make_private returns"
             )
+        self._ranks = Ranks.of(module)
         self.validate(module=module, optimizer=None, data_loader=None)
         batch_first = kwargs.get("batch_first", True)
         if isinstance(module, FusedGradSampleModule):
@@ -301,11 +307,20 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def _prepare_optimizer(self, *, optimizer: Optimizer, grad_sample_mode: str = FUSED, **kwargs: Any) -> Any:
         if grad_sample_mode != FUSED:
             return super()._prepare_optimizer(optimizer=optimizer, grad_sample_mode=grad_sample_mode, **kwargs)
-        if kwargs.pop("distributed", False):
-            raise NotImplementedError("grad_sample_mode='fused' runs in one process so far: use Opacus' modes with DDP")
+        if kwargs.pop("distributed", False) and self._ranks is None:
+            raise ValueError(
+                "distributed=True needs a module wrapped in "
+                "opacus.distributed.DifferentiallyPrivateDistributedDataParallel"
+            )
         kwargs.pop("secure_mode", None)
         generator = kwargs.pop("noise_generator", None)
         keystream = self.keystream if generator is None else Keystream.from_generator(generator)
+        several: dict[str, Ranks] = {}
+        if self._ranks is not None:
+            several["ranks"] = self._ranks
+            self._ranks.agree(kwargs | {"secure_mode": self.secure_mode})
+            self._ranks.check_parameters(optimizer)
+            keystream = self._ranks.share(keystream)
         if isinstance(optimizer, OpacusDPOptimizer):
             optimizer = optimizer.original_optimizer
         capture = self._capture_of(optimizer)
@@ -313,7 +328,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if not kwargs.pop("verify_first_step", True):
             capture.first_batch.waiting = False
         kwargs["clipping"], kwargs["max_grad_norm"] = self._clipping(capture, optimizer, keystream, kwargs)
-        return DPOptimizer(optimizer, capture=capture, stream=keystream.stream("DP-SGD"), **kwargs)
+        kind = DistributedDPOptimizer if several else DPOptimizer
+        return kind(optimizer, capture=capture, stream=keystream.stream("DP-SGD"), **several, **kwargs)
 
     def _clipping(
         self, capture: Capture, optimizer: Optimizer, keystream: Keystream, options: dict[str, Any]
@@ -351,12 +367,22 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 stacklevel=3,
             )
         self.dataset = data_loader.dataset
+        ranks = self._ranks
+        if ranks is not None:
+            size = self._loader_options.get("dataset_size")
+            ranks.check_loader(data_loader, poisson_sampling=poisson_sampling, dataset_size=size)
         if not poisson_sampling:
             return data_loader
+        if ranks is None:
+            stream, share = self.keystream.stream("Poisson sampling"), (0, 1)
+        else:
+            stream = ranks.own_stream(ranks.share(self.keystream), "Poisson sampling")
+            share = (ranks.rank, ranks.size)
         return PoissonDataLoader.from_data_loader(
             data_loader,
-            self.keystream.stream("Poisson sampling"),
+            stream,
             batch_first=kwargs.get("batch_first", True),
+            share=share,
             **self._loader_options,
         )
 

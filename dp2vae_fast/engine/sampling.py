@@ -80,6 +80,7 @@ class PoissonSampler(UniformWithReplacementSampler):
     Args:
         stream, dataset_size, sample_rate: as :class:`PoissonBatches`.
         steps: draws of one pass over the sampler.
+        share: ``(rank, ranks)``: only every ``ranks``-th record, from ``rank`` on, is this sampler's to draw.
 
     Attributes:
         begin_pass: called at the start of a pass; true if it cut another one short, whose draws must then end.
@@ -87,9 +88,12 @@ class PoissonSampler(UniformWithReplacementSampler):
 
     begin_pass: Callable[[], bool] | None = None
 
-    def __init__(self, stream: Stream, *, dataset_size: int, sample_rate: float, steps: int) -> None:
+    def __init__(
+        self, stream: Stream, *, dataset_size: int, sample_rate: float, steps: int, share: tuple[int, int] = (0, 1)
+    ) -> None:
         self.stream = stream
-        self.num_samples = dataset_size
+        self.share = share
+        self.num_samples = len(range(share[0], dataset_size, share[1]))
         self.sample_rate = sample_rate
         self.steps = steps
         self._cut_short = 0
@@ -107,4 +111,5 @@ class PoissonSampler(UniformWithReplacementSampler):
                     "another pass over the data loader began while a draw of this one was in several physical batches: "
                     "its rest cannot be told from the next draw. Finish one pass before the next, or use another loader"
                 )
-            yield self.stream.poisson(self.num_samples, self.sample_rate).tolist()
+            drawn = self.stream.poisson(self.num_samples, self.sample_rate)
+            yield (drawn * self.share[1] + self.share[0]).tolist()
