@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from .engine.layers import register_layer_rule
+from .engine.opacus_samplers import register_with_opacus
 from .engine.privacy_engine import PrivacyEngine
 from .ops import backend, backends_table
 
@@ -11,7 +12,15 @@ if TYPE_CHECKING:
     from .trainer import Trainer
     from .vae.release import load_decoder
 
-__all__ = ["PrivacyEngine", "Trainer", "backend", "backends_table", "load_decoder", "register_layer_rule"]
+__all__ = [
+    "PrivacyEngine",
+    "Trainer",
+    "backend",
+    "backends_table",
+    "load_decoder",
+    "register_layer_rule",
+    "register_with_opacus",
+]
 __version__ = "0.1.0"
 
 _TRAIN = {"Trainer": "trainer", "load_decoder": "vae.release"}
