@@ -108,7 +108,7 @@ def register(record: dict[str, Any]) -> str:
         stock, ours = (row["steps"][name]["p50_ms"] for name in ("as it is", "registered"))
         model = f"{row['model']} ({row['parameters'] / 1e6:.2f} M)"
         lines.append(f"| {model} | {row['mode']} | {stock:.1f} | {ours:.1f} | {stock / ours:.2f}x |")
-    note = f"Medians in ms a step of {record['records']} records, float32, one thread"
+    note = f"Medians in ms of processor time a step of {record['records']} records, float32, one thread"
     return "\n".join([*lines, "", f"{note}; {_made(record)}"])
 
 
