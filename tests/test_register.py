@@ -16,6 +16,7 @@ from dp2vae_fast import register_layer_rule, register_with_opacus
 from dp2vae_fast.engine import layers
 from dp2vae_fast.engine.opacus_samplers import grad_sampler, norm_sampler
 
+pytestmark = pytest.mark.filterwarnings("ignore:Secure RNG turned off", "ignore:.*weight_norm")
 MODES = ["opacus hooks", "opacus ghost"]
 RULED = [case for case in LAYER_CASES if layers.find_rule(case.make()) is not None]
 CASES = pytest.mark.parametrize("case", RULED, ids=lambda c: c.name)
@@ -262,27 +263,28 @@ def test_layers_that_are_used_twice_under_ghost(conv_norms: bool):
 
 
 def test_a_rule_of_the_users_own_is_registered_too():
-    class Scale(nn.Module):
+    class Shift(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight = nn.Parameter(torch.ones(3))
+            self.shift = nn.Parameter(torch.ones(3))
+            self.child = nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return x * self.weight
+            return self.child(x) + self.shift
 
     calls = []
 
-    @register_layer_rule(Scale)
-    def rule(layer: Scale, activations: Tensor, backprops: Tensor):
+    @register_layer_rule(Shift)
+    def rule(layer: Shift, activations: Tensor, backprops: Tensor):
         calls.append(1)
-        return {"weight": activations * backprops}
+        return {"shift": backprops}
 
     try:
         with register_with_opacus():
             for mode in MODES:
-                judge(mode, lambda: nn.Sequential(Scale()), randn(5, 3))
+                judge(mode, lambda: nn.Sequential(Shift()), randn(5, 4))
     finally:
-        del layers._RULES[Scale]
+        del layers._RULES[Shift]
     assert len(calls) == 2
 
 

@@ -117,8 +117,8 @@ def norm_sampler(layer: nn.Module, activations: list[Tensor], backprops: Tensor)
 
 
 def _gradients(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Gradient]:
-    """What the layer's rule says, for its trainable parameters: Opacus wants each of them and no other."""
-    trainable = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    """What the layer's rule says, for its own trainable parameters: Opacus wants each of them and no other."""
+    trainable = {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
     if len(backprops) == 0:
         return {p: Kept(p.new_zeros(0, *p.shape)) for p in trainable.values()}
     # By type alone, as Opacus looks it up: sharded layers are subclasses made on the spot.
