@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from .engine.layers import register_layer_rule
+from .engine.opacus_samplers import register_with_opacus
 from .engine.privacy_engine import PrivacyEngine
 from .ops import backend, backends_table
 
@@ -20,6 +21,7 @@ __all__ = [
     "backends_table",
     "load_decoder",
     "register_layer_rule",
+    "register_with_opacus",
 ]
 __version__ = "0.1.0"
 

@@ -176,6 +176,11 @@ def embedding_rule(layer: nn.Embedding, activations: Tensor, backprops: Tensor) 
     }
 
 
+def rule_of_type(layer_type: type[nn.Module]) -> LayerRule | None:
+    """The rule registered for exactly this type."""
+    return _RULES.get(layer_type)
+
+
 def registered_layer_types() -> tuple[type[nn.Module], ...]:
     """The layer types that have a rule, in order of registration."""
     return tuple(_RULES)
