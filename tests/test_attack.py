@@ -27,7 +27,7 @@ ARITHMETICS = ("float32", "bfloat16", "float16", "tf32")
 MODES = {
     "flat": FlatClipping(),
     "automatic": AutomaticClipping(stability=1e-6),
-    "per layer": GroupClipping(groups=range(8), bounds=[1.0, 0.3, 1e-3, 2.0, 0.5, 0.1, 0.7, 0.2]),
+    "per layer": GroupClipping(groups={i: i for i in range(8)}, bounds=[1.0, 0.3, 1e-3, 2.0, 0.5, 0.1, 0.7, 0.2]),
 }
 
 

@@ -248,7 +248,7 @@ def test_short_records_are_left_alone():
     assert torch.equal(error[0], gradient.norm_sq()[1])
 
 
-@pytest.mark.parametrize("clipping", [FlatClipping(), GroupClipping(groups=[0, 1], bounds=[1.0, 1.0])])
+@pytest.mark.parametrize("clipping", [FlatClipping(), GroupClipping(groups={0: 0, 1: 1}, bounds=[1.0, 1.0])])
 def test_padding_has_weight_zero_whatever_it_holds(clipping):
     values = torch.tensor([[1.0], [float("nan")], [1e-9]])
     found = clipping.factors({0: Kept(values), 1: Kept(values)}, 1.0, 1.0, torch.tensor([True, False, False]))

@@ -64,7 +64,7 @@ def test_every_batch_has_its_shape_and_its_mask(workers: int):
         assert torch.equal(inputs[~loader.mask], torch.zeros(int((~loader.mask).sum()), 4, dtype=D))
         torch.testing.assert_close(inputs[loader.mask], records()[labels[loader.mask]])
         drawn += labels[loader.mask].tolist()
-        if not optimizer._check_skip_next_step():
+        if not optimizer._is_part_of_a_batch():
             sizes.append(len(drawn))
             assert len(set(drawn)) == len(drawn)  # a record is in a draw once
             drawn, steps = [], steps + 1

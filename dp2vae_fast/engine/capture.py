@@ -68,11 +68,14 @@ class Capture:
         self.set_rows_per_record(rows_per_record)
         self.plan = plan or Plan()
         self.grad_accumulation_allowed = True
+        self.draw: Callable[[], int | None] = lambda: None  # the draw that a forward is on, where somebody knows
         self.owners: dict[Tensor, Callable[[], None]] = {}  # parameter -> takes its gradients before the next batch
         self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         self._book: dict[Tensor, list[Gradient]] = {}
         self._dropped: set[Tensor] = set()  # parameters whose gradients of this batch nobody wants
         self._records: int | None = None
+        self._batch = 0  # how many batches were captured
+        self._draws: set[int] = set()
         self._held: list[tuple[str, Tensor, int]] = []  # what the book's gradients are made from, and its version
         self._swapped: dict[nn.Module, dict[str, Tensor]] = {}
         self._guarded: set[Tensor] = set()
@@ -139,6 +142,11 @@ class Capture:
         """Records of the backward passes since the last :meth:`take` or :meth:`clear`; None if there was none."""
         return self._records
 
+    @property
+    def origins(self) -> set[tuple[str, int, int]]:
+        """What the captured gradients come from: this batch, and the draws that its forwards were on."""
+        return {("batch", id(self), self._batch), *(("draw", id(self), draw) for draw in self._draws)}
+
     def holds(self, parameters: Iterable[Tensor]) -> bool:
         """Whether gradients of any of ``parameters`` wait to be taken."""
         return any(p in self._book for p in parameters)
@@ -191,6 +199,7 @@ class Capture:
         """Forget what was captured."""
         self._book.clear()
         self._dropped.clear()
+        self._draws.clear()
         self._held.clear()
         self._records = None
         self.first_batch.forget()
@@ -317,7 +326,7 @@ class Capture:
                 return None
             self._rows.check(name, [outputs[i] for i in tapped], self._batch_axis(layer), self.rows_per_record)
             constants = [None if t else x for x, t in zip(inputs, is_tensor, strict=True)]
-            device = outputs[tapped[0]].device
+            device, draw = outputs[tapped[0]].device, self.draw()
             precision = partial(
                 torch.autocast,
                 device.type,
@@ -334,6 +343,8 @@ class Capture:
                     )
                 if not self._taps.reaches_parameters():
                     return
+                if draw is not None:
+                    self._draws.add(draw)
                 rows = iter(saved)
                 leaves = [next(rows).detach() if t else x for x, t in zip(constants, is_tensor, strict=True)]
                 call = tree_unflatten(leaves, call_structure)
@@ -374,6 +385,8 @@ class Capture:
                 f"layer {name!r} saw {records} records, other layers of the same backward pass {self._records}: "
                 "every layer's input must have the batch as its first axis"
             )
+        if self._records is None:
+            self._batch += 1
         self._records = records
         if rows == 0:
             found = {key: Kept(p.new_zeros(0, *p.shape)) for key, p in trainable.items()}

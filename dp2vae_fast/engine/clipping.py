@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ def bounded_norms(gradients: Sequence[Gradient], harmless: float = 0.0) -> tuple
     if dtype == torch.float64 or not bool(loose.any()):
         return norm_sq, error
     for row, gradient in enumerate(gradients):
-        if isinstance(gradient, Kept):
+        # What has one position is multiplied in float32 after all, with operands rounded as its error says.
+        if isinstance(gradient, Kept) or gradient.cost().positions == 1:
             continue
         again = (loose & (error[row] > _LOOSE / len(gradients) * total)).nonzero().flatten()
         for records in again.split(max(1, _GRAM_NUMBERS // gradient.cost().positions ** 2)) if len(again) else ():
@@ -72,15 +74,15 @@ class FlatClipping:
 
     def factors(
         self,
-        gradients: Mapping[int, Gradient],
+        gradients: Mapping[Any, Gradient],
         max_grad_norm: float,
         scale: float = 1.0,
         mask: Tensor | None = None,
-    ) -> dict[int, Tensor]:
+    ) -> dict[Any, Tensor]:
         """Weights ``[N]`` for the gradients as captured, such that ``weight * gradient`` is ``c_n * scale * gradient``.
 
         Args:
-            gradients: those of the parameters that were used, by place in the optimizer, each of the same N records.
+            gradients: those of the parameters that were used, by parameter, each of the same N records.
             max_grad_norm: the bound C; ``c_n = min(1, C / |scale * g_n|)``, 0 for a record that is not finite.
             scale: what the captured gradients must be multiplied with to be those of one record's loss.
             mask: bool ``[N]``, False for padding, whose weight is 0.
@@ -143,11 +145,11 @@ class GroupClipping(FlatClipping):
     ``sqrt(sum of their squares)`` long, which is the optimizer's ``max_grad_norm``.
 
     Args:
-        groups: for each parameter, in the order of the optimizer, the number of its group.
+        groups: for each parameter the number of its group.
         bounds: for each group its bound; a schedule of ``max_grad_norm`` scales all of them.
     """
 
-    groups: Sequence[int] = ()
+    groups: Mapping[Any, int] = field(default_factory=dict)
     bounds: Sequence[float] = ()
 
     def __post_init__(self) -> None:
@@ -161,12 +163,12 @@ class GroupClipping(FlatClipping):
 
     @classmethod
     def of(
-        cls, names: Sequence[str], bounds: float | Sequence[float] | Mapping[str, float], **options
+        cls, names: Mapping[Any, str], bounds: float | Sequence[float] | Mapping[str, float], **options
     ) -> GroupClipping:
         """From what a user writes.
 
         Args:
-            names: the parameters of the optimizer, in its order.
+            names: the trainable parameters of the optimizer, in its order, and their names.
             bounds: one bound a parameter; or ``{name or prefix of names up to a dot: bound of all these together}``,
                 the longest prefix first; or one number for the whole, split equally among the parameters.
         """
@@ -179,29 +181,35 @@ class GroupClipping(FlatClipping):
                     raise ValueError(f"max_grad_norm names no group for parameter {name!r}: add it, or a prefix of it")
                 return prefixes.index(found[0])
 
-            groups = [group(name) for name in names]
-            if unused := [p for i, p in enumerate(prefixes) if i not in groups]:
+            groups = {p: group(name) for p, name in names.items()}
+            if unused := [p for i, p in enumerate(prefixes) if i not in groups.values()]:
                 raise ValueError(f"max_grad_norm names {unused[0]!r}, which is no trainable parameter: remove it")
             return cls(groups=groups, bounds=[float(bounds[p]) for p in prefixes], **options)
+        each = {p: i for i, p in enumerate(names)}
         if isinstance(bounds, Sequence):
             if len(bounds) != len(names):
                 raise ValueError(
                     f"max_grad_norm has {len(bounds)} bounds for {len(names)} trainable parameters: give one for each"
                 )
-            return cls(groups=range(len(names)), bounds=[float(b) for b in bounds], **options)
-        return cls(groups=range(len(names)), bounds=[bounds / math.sqrt(len(names))] * len(names), **options)
+            return cls(groups=each, bounds=[float(b) for b in bounds], **options)
+        return cls(groups=each, bounds=[bounds / math.sqrt(len(names))] * len(names), **options)
 
     def factors(
         self,
-        gradients: Mapping[int, Gradient],
+        gradients: Mapping[Any, Gradient],
         max_grad_norm: float,
         scale: float = 1.0,
         mask: Tensor | None = None,
-    ) -> dict[int, Tensor]:
-        members: dict[int, dict[int, Gradient]] = {}
-        for place, gradient in gradients.items():
-            members.setdefault(self.groups[place], {})[place] = gradient
-        found: dict[int, Tensor] = {}
+    ) -> dict[Any, Tensor]:
+        members: dict[int, dict[Any, Gradient]] = {}
+        for parameter, gradient in gradients.items():
+            if parameter not in self.groups:
+                raise ValueError(
+                    "a parameter is trained that was frozen at make_private, and has no bound of its own: make the "
+                    "module private with all parameters that will be trained"
+                )
+            members.setdefault(self.groups[parameter], {})[parameter] = gradient
+        found: dict[Any, Tensor] = {}
         for group, own in members.items():
             share = self.bounds[group] / self.max_grad_norm * (1 - 2.0**-50)  # rounding included
             found |= dict.fromkeys(own, self._of_group(list(own.values()), share * max_grad_norm, scale, mask))
@@ -244,11 +252,11 @@ class AdaptiveClipping(FlatClipping):
 
     def factors(
         self,
-        gradients: Mapping[int, Gradient],
+        gradients: Mapping[Any, Gradient],
         max_grad_norm: float,
         scale: float = 1.0,
         mask: Tensor | None = None,
-    ) -> dict[int, Tensor]:
+    ) -> dict[Any, Tensor]:
         found = super().factors(gradients, max_grad_norm, scale, mask)
         factors = next(iter(found.values()))
         unclipped = int((factors >= scale).sum())

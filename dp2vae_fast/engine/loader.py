@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from opacus.data_loader import wrap_collate_with_empty
@@ -44,14 +44,14 @@ class PoissonDataLoader(DataLoader):
         expected_batch_size: records that a draw is expected to have, a public number.
         mask: with a physical batch size, bool ``[physical_batch_size]`` of the batch that was yielded last: False
             where a row is padding.
-        on_batch: with a physical batch size, called with ``(mask, last)`` before each batch is yielded; ``last``: the
-            draw ends with it.
+        on_batch: with a physical batch size, called with ``(mask, first, last)`` before each batch is yielded; a draw
+            begins with it, and ends with it.
     """
 
     sample_rate: float
     expected_batch_size: int
     mask: Tensor | None
-    on_batch: Callable[[Tensor, bool], None] | None
+    on_batch: Callable[[Tensor, bool, bool], None] | None
 
     @classmethod
     def from_data_loader(
@@ -124,7 +124,7 @@ class PoissonDataLoader(DataLoader):
             persistent_workers=loader.persistent_workers,
         )
         private.sample_rate, private.expected_batch_size = rate, expected
-        private.mask = private.on_batch = None
+        private.mask = private.on_batch = private._pass = None
         return private
 
     @property
@@ -139,26 +139,48 @@ class PoissonDataLoader(DataLoader):
         return isinstance(self.batch_sampler, PhysicalBatchSampler)
 
     def __iter__(self) -> Any:
-        batches, sampler = super().__iter__(), self.batch_sampler
-        if not isinstance(sampler, PhysicalBatchSampler):
-            return batches
-        return self._in_step(batches, sampler)
+        batches, sampler = super().__iter__(), self.batch_sampler  # which has begun a pass of the sampler
+        self._pass = this = object()
+        if isinstance(sampler, PhysicalBatchSampler):
+            return self._in_step(batches, sampler.parts, sampler.physical_batch_size, this)
+        return self._counted(batches)
 
-    def _in_step(self, batches: Iterator[Any], sampler: PhysicalBatchSampler) -> Iterator[Any]:
-        """Workers fetch ahead: what a batch consists of is told when it is yielded, not when it was drawn."""
+    # Workers fetch ahead: what a batch consists of is told when it is yielded, not when it was drawn.
+
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
-            records, last = sampler.fetched.popleft()
-            self.mask = torch.arange(sampler.physical_batch_size) < records
-            if self.on_batch is not None:
-                self.on_batch(self.mask, last)
+            self.draws.next_in_use()
             yield batch
+
+    def _in_step(self, batches: Iterator[Any], parts: deque[Part], rows: int, this: object) -> Iterator[Any]:
+        for batch in batches:
+            if self._pass is not this:
+                raise RuntimeError(
+                    "another pass over the data loader has begun, and with it other draws: finish one pass before the "
+                    "next, or use another loader"
+                )
+            part = parts.popleft()
+            self.mask = torch.arange(rows) < part.records
+            if self.on_batch is not None:
+                self.on_batch(self.mask, part.first, part.last)
+            if part.first:
+                self.draws.next_in_use()
+            yield batch
+
+
+class Part(NamedTuple):
+    """Of a draw: how many records, and whether it begins and ends with them."""
+
+    records: int
+    first: bool
+    last: bool
 
 
 class PhysicalBatchSampler(Sampler[list[int]]):
     """Splits every draw into lists of at most ``physical_batch_size`` record indices; an empty draw is one empty list.
 
     Attributes:
-        fetched: for every list given out and not yet used, its length, and whether its draw ends with it.
+        parts: of the pass begun last, what was given out and not yet used.
     """
 
     def __init__(self, draws: PoissonSampler, physical_batch_size: int) -> None:
@@ -166,19 +188,22 @@ class PhysicalBatchSampler(Sampler[list[int]]):
             raise ValueError(f"physical_batch_size is {physical_batch_size}: it must be at least 1")
         self.draws = draws
         self.physical_batch_size = physical_batch_size
-        self.fetched: deque[tuple[int, bool]] = deque()
+        self.parts: deque[Part] = deque()
 
     def __len__(self) -> int:
         return len(self.draws)
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.fetched.clear()
+        self.parts = deque()
+        return self._split(self.parts)
+
+    def _split(self, parts: deque[Part]) -> Iterator[list[int]]:
         for drawn in self.draws:
-            parts = range(0, max(1, len(drawn)), self.physical_batch_size)
-            for first in parts:
-                part = drawn[first : first + self.physical_batch_size]
-                self.fetched.append((len(part), first == parts[-1]))
-                yield part
+            starts = range(0, max(1, len(drawn)), self.physical_batch_size)
+            for start in starts:
+                indices = drawn[start : start + self.physical_batch_size]
+                parts.append(Part(len(indices), start == 0, start == starts[-1]))
+                yield indices
 
 
 class PaddedCollate:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,6 +53,9 @@ class DPOptimizer(OpacusDPOptimizer):
 
     Attributes:
         padded: every physical batch is announced by :meth:`next_physical_batch`; one that is not raises.
+        fetches_ahead: batches may be drawn, and signalled, before those in front of them are stepped on.
+        largest_batch: records of the largest batch, where draws are not Poisson's.
+        origins: what the pending sum was drawn from, for telling one draw from another.
     """
 
     def __init__(
@@ -84,8 +88,10 @@ class DPOptimizer(OpacusDPOptimizer):
         self.stream = stream
         self.clipping = clipping or FlatClipping()
         self.sum_dtype = sum_dtype
-        self.padded = False
-        self._mask: Tensor | None = None
+        self.padded = self.fetches_ahead = False
+        self.largest_batch = 0
+        self.origins: set[Any] = set()
+        self._announced: tuple[Tensor, bool] | None = None  # mask, and whether the draw ends
         self.update = None if materialize_grad else FusedUpdate.of(optimizer)
         self._sums: dict[Tensor, Tensor] = {}
         self._batches = 0
@@ -110,7 +116,9 @@ class DPOptimizer(OpacusDPOptimizer):
         """
         bound = max(self._bound, self.clipping.sensitivity(self.max_grad_norm))
         exact = all(p.dtype == torch.float64 for p in self.params)
-        return bound * (1.0 + sum_rounding(self._expected_records, torch.float64 if exact else torch.float32))
+        dtype = torch.float64 if exact else torch.float32
+        largest = self.largest_batch * self.accumulated_iterations
+        return bound * (1.0 + sum_rounding(self._expected_records, dtype, largest))
 
     @property
     def _expected_records(self) -> float:
@@ -119,21 +127,24 @@ class DPOptimizer(OpacusDPOptimizer):
 
     def clip_and_accumulate(self) -> None:
         """Clip the captured gradients and add them to the pending sum."""
-        with full_precision(self.params):
+        with full_precision(self.params), self._all_or_nothing():
             self._clip_and_accumulate()
 
     def _clip_and_accumulate(self) -> None:
-        records, (mask, self._mask) = self.capture.records, (self._mask, None)
-        gradients = self.capture.take(self.params)
+        records, params = self.capture.records, self.params
+        if self.capture.holds(params):
+            self._note_origins()
+        gradients = self.capture.take(params)
         self._batches += 1
-        used = {place: g for place, g in enumerate(gradients) if g is not None}
-        if not records or not used:
-            return
-        if self.padded and mask is None:
+        if self.padded and self._announced is None:
             raise RuntimeError(
                 "a padded batch without its mask, whose padding would count as records: take the batches from the "
                 "data loader that make_private returned, one step each and without BatchMemoryManager"
             )
+        mask = None if self._announced is None else self._announced[0]
+        used = {p: g for p, g in zip(params, gradients, strict=True) if g is not None}
+        if not records or not used:
+            return
         if mask is not None and len(mask) != records:
             raise ValueError(f"the mask has {len(mask)} rows, the batch {records} records: give one bool a record")
         scale = records if self.loss_reduction == "mean" else 1  # undo the mean's division by this batch's own size
@@ -141,19 +152,49 @@ class DPOptimizer(OpacusDPOptimizer):
         self._bound = max(self._bound, self.clipping.sensitivity(self.max_grad_norm))
         dropped = {id(f): f == 0 for f in factors.values()}
         dropped = {key: records for key, records in dropped.items() if bool(records.any())}
-        for place, g in used.items():
-            p, f = self.params[place], factors[place]
+        for p, g in used.items():
+            f = factors[p]
             if id(f) in dropped:  # 0 * inf is NaN: what is dropped must be zero before it is weighted
                 g = g.without(dropped[id(f)])
             weighted = g.weighted_sum(f, self.sum_dtype)
             pending = self._sums.get(p)
             self._sums[p] = weighted if pending is None else pending.double().add_(weighted)
 
-    def next_physical_batch(self, mask: Tensor, last: bool) -> None:
-        """Announce a padded batch: ``mask`` bool ``[N]``, False where a row is padding; ``last``: its draw ends here,
-        and with it the step."""
-        self._mask = mask
-        self.signal_skip_step(do_skip=not last)
+    def _note_origins(self) -> None:
+        """Where the captured gradients come from; without accumulation, one draw only."""
+        self.origins |= self.capture.origins
+        if not self.capture.grad_accumulation_allowed and len({o for o in self.origins if o[0] == "draw"}) > 1:
+            self.capture.drop(self.params)
+            raise ValueError(
+                "records of two Poisson draws in one step, of which one record could be in both: call step() on each "
+                "batch before the next is used"
+            )
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Forget a sum that an error or an interrupt left incomplete: it must not be added to the next one."""
+        try:
+            yield
+        except BaseException:
+            self._forget_sums()
+            raise
+
+    def next_physical_batch(self, mask: Tensor, first: bool = True, last: bool = True) -> None:
+        """Announce a padded batch.
+
+        Args:
+            mask: bool ``[N]``, False where a row is padding.
+            first, last: its draw begins with it; ends with it, and so does the step.
+
+        Raises:
+            RuntimeError: there was no step on the batch before.
+        """
+        if self._announced is not None or (first and self._is_last_step_skipped):
+            raise RuntimeError(
+                "there was no step on the batch before this one, which would mix their draws: call backward() and "
+                "step() on every batch before the next is fetched, empty batches too, and step() alone after an error"
+            )
+        self._announced = mask, last
 
     def begin_pass(self) -> bool:
         """A new pass over the data begins. True if that cut a draw short between its physical batches.
@@ -161,11 +202,13 @@ class DPOptimizer(OpacusDPOptimizer):
         The part of it that is pending is forgotten: with a later draw it would be one step on two draws, in both of
         which a record may be.
         """
-        cut_short = self._is_last_step_skipped or bool(self._step_skip_queue)
+        cut_short = self._is_last_step_skipped or bool(self._step_skip_queue) or self._announced is not None
         if cut_short:
             self._step_skip_queue.clear()
-            self._is_last_step_skipped = False
+            self._is_last_step_skipped, self._announced = False, None
             self.zero_grad()
+        elif not self.capture.grad_accumulation_allowed:
+            self._forget_sums()
         return cut_short
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
@@ -173,9 +216,10 @@ class DPOptimizer(OpacusDPOptimizer):
         the step."""
         if not self._begin_step():
             return False
-        self.add_noise()
-        self.scale_grad()
-        self._end_step()
+        with self._all_or_nothing():
+            self.add_noise()
+            self.scale_grad()
+            self._end_step()
         return True
 
     @torch.no_grad()
@@ -188,13 +232,14 @@ class DPOptimizer(OpacusDPOptimizer):
         if self.update is None or not self.update.usable:
             return self.original_optimizer.step() if self.pre_step() else None  # type: ignore[func-returns-value]
         if self._begin_step():
-            self.update.step(
-                dict(zip(self.params, self._pending_sums(), strict=True)),
-                stream=self.stream,
-                std=self._noise_std(),
-                scale=self._scale(),
-            )
-            self._end_step()
+            with self._all_or_nothing():
+                self.update.step(
+                    dict(zip(self.params, self._pending_sums(), strict=True)),
+                    stream=self.stream,
+                    std=self._noise_std(),
+                    scale=self._scale(),
+                )
+                self._end_step()
         return None
 
     def add_noise(self) -> None:
@@ -230,6 +275,7 @@ class DPOptimizer(OpacusDPOptimizer):
     def _forget_sums(self) -> None:
         self._sums.clear()
         self.clipping.forget()
+        self.origins = set()
         self._batches = 0
         self._bound = 0.0
 
@@ -237,7 +283,11 @@ class DPOptimizer(OpacusDPOptimizer):
         """Close the physical batch. False if the step is to be skipped; otherwise the accountant has counted it."""
         self._check_settings()
         self.clip_and_accumulate()
-        if self._check_skip_next_step():
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not p.requires_grad:
+                    p.grad = None  # of a time when it was trained, by whatever
+        if self._is_part_of_a_batch():
             self._is_last_step_skipped = True
             self._batches = 0  # the rest of this batch is to come
             return False
@@ -246,6 +296,19 @@ class DPOptimizer(OpacusDPOptimizer):
         if self.step_hook:
             self.step_hook(self)
         return True
+
+    def _is_part_of_a_batch(self) -> bool:
+        if self._announced is not None:
+            (_, last), self._announced = self._announced, None
+            return not last
+        if len(self._step_skip_queue) > 1 and not self.fetches_ahead:
+            self._step_skip_queue.clear()
+            self._forget_sums()
+            raise RuntimeError(
+                "there was no step on a batch before this one, so that two draws would be mixed: call step() on every "
+                "batch, empty ones too. The sum of this draw has been dropped"
+            )
+        return self._check_skip_next_step()
 
     def _sum_up(self) -> None:
         """This process's part of the sum is complete: here others add theirs (:mod:`.distributed`)."""

@@ -69,4 +69,9 @@ class Plan:
         cheaper: Method = "kept" if kept < product and kept_bytes <= self.max_kept_bytes else "product"
         if c.positions > MAX_POSITIONS:
             cheaper = "kept"
+            if self.forced.get(parameter) == "product":
+                raise ValueError(
+                    f"parameter {parameter!r} cannot be a product over {c.positions} positions, more than "
+                    f"{MAX_POSITIONS}: force 'kept', or nothing"
+                )
         return Choice(parameter, self.forced.get(parameter, cheaper), c, product, kept, kept_bytes)

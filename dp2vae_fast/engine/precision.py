@@ -38,7 +38,7 @@ def records_at_most(expected: float) -> int:
     return math.ceil(expected + tail / 3 + math.sqrt((tail / 3) ** 2 + 2 * tail * expected))
 
 
-def sum_rounding(expected_records: float, dtype: torch.dtype = torch.float32) -> float:
+def sum_rounding(expected_records: float, dtype: torch.dtype = torch.float32, largest: float = 0) -> float:
     """How far rounding can move the clipped sum when one record joins or leaves, in units of the clipping bound C.
 
     Every term ``c_n g_n`` is at most C long and passes through at most h additions, so either of the two sums is off
@@ -50,9 +50,14 @@ def sum_rounding(expected_records: float, dtype: torch.dtype = torch.float32) ->
     Products over several positions are summed in float64. There a term is not a record's contribution but a part of
     it, and parts may cancel: the lengths of a record's T parts add up to at most ``C / sqrt(2 T u s)``, since its clip
     factor counts at least the part s = :data:`STILL_COUNTED` of float32's error bound ``2 T u (sum of lengths)^2``
-    (:mod:`.clipping`). With ``h = B T`` additions of unit roundoff 2^-53 that is the second term.
+    (:mod:`.clipping`). With ``h = B T`` additions of unit roundoff 2^-53 that is the second term. (Norms of float64
+    operands have an error term of their own size; for them the second term is an estimate.)
+
+    Args:
+        expected_records: of a Poisson draw.
+        largest: records of the largest batch, where batches are drawn otherwise.
     """
-    records = records_at_most(expected_records)
+    records = max(records_at_most(expected_records), largest)
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     products = records * 2.0**-53 * math.sqrt(MAX_POSITIONS / (2 * 2.0**-24 * STILL_COUNTED))
     return 1.01 * 2 * records * ((RECORDS_PER_PART + PARTS_PER_BLOCK + 4) * unit + products)

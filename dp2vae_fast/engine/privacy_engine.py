@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import opacus
@@ -67,6 +67,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         self.keystream = keystream or Keystream.secret()
         self._fused = True
         self._loader_options: dict[str, int | None] = {}
+        self._last_step: tuple[set[Any], float, float] = (set(), 0.0, 0.0)  # origins, noise multiplier, rate
         self._ranks: Ranks | None = None  # those that train the module made private last
         if secure_mode and self.keystream.source != "secret":
             raise ValueError("secure_mode=True needs a secret keystream: pass Keystream.secret() or none")
@@ -165,10 +166,15 @@ class PrivacyEngine(opacus.PrivacyEngine):
         finally:
             self._loader_options = {}
         _, private_optimizer, loader = parts
+        private_optimizer.fetches_ahead = loader.num_workers > 0
+        rate = 1 / len(loader)
         if isinstance(loader, PoissonDataLoader):
+            rate = loader.sample_rate
             self._join(private_optimizer, loader)
         else:  # Opacus takes int(N * (1 / batches)), which is one too low for many N
             private_optimizer.expected_batch_size = len(loader.dataset) // len(loader)
+            private_optimizer.largest_batch = loader.batch_size or len(loader.dataset)
+        private_optimizer.attach_step_hook(self._counter(rate))
         return parts
 
     def make_private_with_epsilon(
@@ -228,7 +234,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         expected_batch_size: int,
         loss_reduction: str = "sum",
         grad_sample_mode: str = FUSED,
-        rows_per_record: int = 1,
+        rows_per_record: int | None = None,
         **kwargs: Any,
     ) -> tuple[nn.Module, Any]:
         """:meth:`make_private` for a loop that draws its own batches: no loader, every number public and given.
@@ -237,7 +243,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             sample_rate: probability with which the loop puts each record into a batch
                 (:class:`~.sampling.PoissonBatches`).
             expected_batch_size: public divisor of the noisy sum. With ``loss_reduction="sum"`` nothing is divided.
-            rows_per_record: consecutive rows that belong to one record; fused mode only.
+            rows_per_record: consecutive rows that belong to one record (1 unless given); fused mode only.
             kwargs: ``clipping``, ``noise_generator`` and the options of :meth:`make_private`.
 
         Returns:
@@ -245,7 +251,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             per optimizer step.
         """
         self._select(grad_sample_mode)
-        if grad_sample_mode != FUSED and rows_per_record != 1:
+        if grad_sample_mode != FUSED and rows_per_record not in (None, 1):
             raise NotImplementedError(f"rows_per_record = {rows_per_record} needs grad_sample_mode='fused'")
         if grad_sample_mode == FUSED:
             kwargs["rows_per_record"] = rows_per_record
@@ -265,7 +271,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
             grad_sample_mode=grad_sample_mode,
             **kwargs,
         )
-        private.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=sample_rate))
+        if grad_sample_mode == FUSED:
+            private.attach_step_hook(self._counter(sample_rate))
+        else:
+            private.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=sample_rate))
         return wrapped, private
 
     # Opacus' construction points ------------------------------------------------------------------------------------
@@ -324,12 +333,24 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if isinstance(optimizer, OpacusDPOptimizer):
             optimizer = optimizer.original_optimizer
         capture = self._capture_of(optimizer)
-        capture.set_rows_per_record(kwargs.pop("rows_per_record", 1))
-        if not kwargs.pop("verify_first_step", True):
-            capture.first_batch.waiting = False
+        self._set_capture(capture, kwargs.pop("rows_per_record", None), kwargs.pop("verify_first_step", True))
         kwargs["clipping"], kwargs["max_grad_norm"] = self._clipping(capture, optimizer, keystream, kwargs)
         kind = DistributedDPOptimizer if several else DPOptimizer
         return kind(optimizer, capture=capture, stream=keystream.stream("DP-SGD"), **several, **kwargs)
+
+    @staticmethod
+    def _set_capture(capture: Capture, rows_per_record: int | None, verify: bool) -> None:
+        """What an optimizer asks of the capture, which it may share with others."""
+        shared = bool(capture.owners)
+        if rows_per_record is not None and rows_per_record != capture.rows_per_record:
+            if shared:
+                raise ValueError(
+                    f"rows_per_record is {rows_per_record}, and {capture.rows_per_record} for another optimizer of the "
+                    "same module: a record has one number of rows"
+                )
+            capture.set_rows_per_record(rows_per_record)
+        if not verify and not shared:
+            capture.first_batch.waiting = False
 
     def _clipping(
         self, capture: Capture, optimizer: Optimizer, keystream: Keystream, options: dict[str, Any]
@@ -339,7 +360,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         common = {"count_rounding": options.pop("count_rounding", True)}
         if mode == "per_layer":
             trainable = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-            clipping = GroupClipping.of([capture.name_of(p) for p in trainable], bound, **common)
+            clipping = GroupClipping.of({p: capture.name_of(p) for p in trainable}, bound, **common)
             return clipping, clipping.max_grad_norm
         if isinstance(bound, Sequence | Mapping):
             raise ValueError(f"max_grad_norm has several bounds, clipping={mode!r} takes one: use 'per_layer'")
@@ -391,11 +412,33 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def _join(self, optimizer: DPOptimizer, loader: PoissonDataLoader) -> None:
         """What the loader knows of its draws and the optimizer must."""
         optimizer.expected_batch_size = loader.expected_batch_size
-        optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=loader.sample_rate))
+        optimizer.capture.draw = lambda: loader.draws.in_use
         loader.draws.begin_pass = optimizer.begin_pass
         if loader.is_padded:
             optimizer.padded = True
             loader.on_batch = optimizer.next_physical_batch
+
+    def _counter(self, sample_rate: float) -> Callable[[DPOptimizer], None]:
+        """Step hook that tells the accountant.
+
+        Several steps on one draw, of one optimizer or of several, are no subsampling each: together they are one
+        Gaussian mechanism on that draw, whose noise multiplier is ``(sum of z^-2)^(-1/2)``.
+        """
+
+        def count(optimizer: DPOptimizer) -> None:
+            z, rate = optimizer.noise_multiplier, sample_rate * optimizer.accumulated_iterations
+            origins, history = set(optimizer.origins), self.accountant.history
+            last, last_z, last_rate = self._last_step
+            if origins & last and last_rate == rate and history and history[-1][:2] == (last_z, rate):
+                noise_multiplier, rate, steps = history.pop()
+                if steps > 1:
+                    history.append((noise_multiplier, rate, steps - 1))
+                z = 0.0 if 0.0 in (z, last_z) else (z**-2 + last_z**-2) ** -0.5
+                origins |= last
+            self.accountant.step(noise_multiplier=z, sample_rate=rate)
+            self._last_step = (origins, z, rate)
+
+        return count
 
     def _select(self, grad_sample_mode: str) -> None:
         self._fused = grad_sample_mode == FUSED

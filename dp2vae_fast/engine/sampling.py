@@ -84,9 +84,11 @@ class PoissonSampler(UniformWithReplacementSampler):
 
     Attributes:
         begin_pass: called at the start of a pass; true if it cut another one short, whose draws must then end.
+        in_use: number of the draw whose records the user has been given last; None where nobody says.
     """
 
     begin_pass: Callable[[], bool] | None = None
+    in_use: int | None = None
 
     def __init__(
         self, stream: Stream, *, dataset_size: int, sample_rate: float, steps: int, share: tuple[int, int] = (0, 1)
@@ -97,6 +99,12 @@ class PoissonSampler(UniformWithReplacementSampler):
         self.sample_rate = sample_rate
         self.steps = steps
         self._cut_short = 0
+        self._used = 0
+
+    def next_in_use(self) -> None:
+        """The user is given the records of another draw."""
+        self._used += 1
+        self.in_use = self._used
 
     def __len__(self) -> int:
         return self.steps
@@ -104,7 +112,7 @@ class PoissonSampler(UniformWithReplacementSampler):
     def __iter__(self) -> Iterator[list[int]]:
         if self.begin_pass is not None and self.begin_pass():
             self._cut_short += 1
-        passes = self._cut_short
+        passes, self.in_use = self._cut_short, None
         for _ in range(self.steps):
             if passes != self._cut_short:
                 raise RuntimeError(

@@ -113,7 +113,7 @@ def audit_engine(
         total = loss(module, *(field[indices].to(device) for field in pool))
         (total if len(indices) else total.nan_to_num()).backward()  # the mean over nobody
         if getattr(optimizer, "padded", False):
-            optimizer.next_physical_batch(torch.ones(len(indices), dtype=torch.bool), True)
+            optimizer.next_physical_batch(torch.ones(len(indices), dtype=torch.bool))
         optimizer.step()
 
     return audit_subject(
