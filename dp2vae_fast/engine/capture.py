@@ -85,7 +85,6 @@ class Capture:
         self.first_batch = FirstBatch(0 if batch_first else 1, self._taps, wanted=verify)
         self._layers = set(module.modules())
         self._handles: list[Any] = []
-        self._first_handles: list[Any] = []  # until the first batch has been checked
         for layer in self._layers:
             hooks = (getattr(hook, "func", hook) for hook in layer._forward_pre_hooks.values())
             owners = (getattr(hook, "__self__", None) for hook in hooks)
@@ -107,17 +106,12 @@ class Capture:
             if own := [key for key, p in layer.named_parameters(recurse=False) if p not in inner]:
                 rule = find_rule(layer)
                 self._handles += [
-                    layer.register_forward_pre_hook(partial(self._enter, name, own, rule is None)),
+                    layer.register_forward_pre_hook(partial(self._enter, name, own, rule is None), with_kwargs=True),
                     # First of all hooks: the output as the layer made it, before another hook changes it.
                     layer.register_forward_hook(
                         self._leave(name, rule), prepend=True, with_kwargs=True, always_call=True
                     ),
                 ]
-                if verify and next(layer.children(), None) is None and layer is not module:
-                    self._first_handles += [
-                        layer.register_forward_pre_hook(self._begin_call, with_kwargs=True),
-                        layer.register_forward_hook(self._end_call, always_call=True),
-                    ]
         self._guard(self._names)
 
     @property
@@ -160,6 +154,8 @@ class Capture:
         changed = [name for name, tensor, version in self._held if tensor._version != version]
         if self.first_batch.waiting and self._records and not changed:
             self._check_first_batch()
+        elif not self.first_batch.waiting:
+            self.first_batch.wait_for(p for p in parameters if p in self._book and p in self._names)
         found = self.drop(parameters)
         if changed and any(found):
             raise RuntimeError(
@@ -183,8 +179,6 @@ class Capture:
             self.first_batch.check(found, self._records or 0, self.rows_per_record)
         finally:
             self._suspended = False
-        if not self.first_batch.waiting:
-            self._remove(self._first_handles)
 
     def drop(self, parameters: Sequence[Tensor]) -> list[list[Gradient] | None]:
         """Remove the gradients of ``parameters``, whatever has become of what they are made from."""
@@ -206,16 +200,11 @@ class Capture:
 
     def remove(self) -> None:
         """Take every hook off the module again."""
-        self._remove(self._handles)
-        self._remove(self._first_handles)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         self._layers.clear()
         self.clear()
-
-    @staticmethod
-    def _remove(handles: list[Any]) -> None:
-        for handle in handles:
-            handle.remove()
-        handles.clear()
 
     def __deepcopy__(self, memo: dict) -> Capture:
         """The same: the copy of a captured module carries its hooks, which pass over layers that are not their own."""
@@ -239,12 +228,12 @@ class Capture:
     def _close(self, module: nn.Module, args: tuple, output: Any) -> Any:
         return self._end_call(module, args, output) if self._suspended or self._rows.close(module) else None
 
-    def _begin_call(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+    def _begin_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a call that no container's call surrounds."""
         if not self.first_batch.waiting or self._suspended or module not in self._layers:
             return
         if self._rows.outermost in (None, module):
-            self.first_batch.begin(module, args, kwargs or {}, {p for p in self._names if p.requires_grad})
+            self.first_batch.begin(module, args, kwargs, {p for p in self._names if p.requires_grad})
 
     def _end_call(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._suspended:
@@ -253,12 +242,15 @@ class Capture:
             return self.first_batch.end(output)
         return None
 
-    def _enter(self, name: str, own: list[str], differentiate: bool, layer: nn.Module, args: tuple) -> None:
+    def _enter(
+        self, name: str, own: list[str], differentiate: bool, layer: nn.Module, args: tuple, kwargs: dict
+    ) -> None:
         """Before a layer's forward: put stand-ins in place of its trainable parameters.
 
         They are detached, so that autograd forms no weight gradient; those of a layer without a rule it does
         differentiate, for :func:`~.guards.compare_totals`.
         """
+        self._begin_call(layer, args, kwargs)
         if self._suspended or layer not in self._layers or not torch.is_grad_enabled() or not layer.training:
             return
         self._begin_batch()
@@ -293,6 +285,11 @@ class Capture:
         """After a layer's forward: put the parameters back and tap the output. Runs after an exception too."""
 
         def hook(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            tapped = tap(layer, args, kwargs, output)
+            ended = self._end_call(layer, args, output if tapped is None else tapped)
+            return tapped if ended is None else ended
+
+        def tap(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             trainable = self._swapped.pop(layer, None)
             if trainable is None:
                 return None

@@ -1,19 +1,23 @@
-"""The first batch's gradients, checked once against autograd's own.
+"""The first batch's gradients, checked against autograd's own.
 
 Hooks see what layers are called with; they cannot see what else a model does. So the first batch is run again, with
 the hooks at rest and the same random numbers, and differentiated by autograd with the rows of the output's gradient
-weighted by random signs, one a record. The same signs weight the captured gradients. Where rows change places inside
-the model, a layer works on something else than records, or records are mixed, the two differ.
+weighted by random numbers, one a record. The same numbers weight the captured gradients. Where rows change places
+inside the model, a layer works on something else than records, or records are mixed, the two differ.
+
+A batch of few records, or one that leaves a parameter without a gradient (a last layer that starts at zero), proves
+little; then the next is checked too.
 
 What this cannot see is outside the model: a loss that compares records gives each row a gradient that depends on the
-others, before the model's part begins.
+others, before the model's part begins. And what it takes for a fault is a loss on something that the model does not
+return (an attribute, a user's hook): autograd then finds less than was captured.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +32,9 @@ from .tap import Taps
 # model's for parameters whose gradient is nothing but rounding.
 _AGREEMENT = {torch.float64: (1e-6, 1e-9), torch.float32: (1e-2, 1e-4)}
 _COARSE = (0.2, 1e-2)  # float16 and bfloat16, autocast included
+_SAME = {torch.float64: 1e-8, torch.float32: 1e-4}  # how equal a second run must be, and otherwise 1e-2
+_ENOUGH = 32  # records
+_ATTEMPTS = 10  # batches that are checked at most
 
 
 @dataclass
@@ -53,12 +60,16 @@ class FirstBatch:
     """Remembers the outermost calls of the first batch that is differentiated, and checks its gradients.
 
     Attributes:
-        waiting: no batch has been checked yet.
+        waiting: the next batch is to be checked.
+        proved: parameters whose gradients have been checked.
     """
 
     def __init__(self, axis: int, taps: Taps, *, wanted: bool = True) -> None:
         self.axis = axis
         self.waiting = wanted
+        self.proved: set[Tensor] = set()
+        self._wanted = wanted
+        self._attempts = self._records = 0
         self._taps = taps
         self._open: _Call | None = None
         self._without_graph: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -101,6 +112,8 @@ class FirstBatch:
         leaves, structure = tree_flatten(output)
         call.tapped = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
         if not call.tapped:
+            if opaque := [x for x in leaves if not isinstance(x, Tensor | int | float | str | None)]:
+                self._give_up(f"{type(call.module).__name__} returns a {type(opaque[0]).__name__}")
             return None
         call.outputs = [leaves[i].detach().clone() for i in call.tapped]
 
@@ -124,10 +137,25 @@ class FirstBatch:
 
     def forget(self) -> None:
         """The batch's gradients were dropped."""
+        for call in self._calls:
+            call.backprops = []
         self._calls.clear()
 
+    def wait_for(self, parameters: Iterable[Tensor]) -> None:
+        """Check another batch where a parameter has gradients now that never were checked."""
+        if self._wanted and self._attempts < _ATTEMPTS and not self.proved.issuperset(parameters):
+            self.waiting = True
+
+    def _give_up(self, reason: str) -> None:
+        self.waiting = self._wanted = False
+        warnings.warn(
+            f"the first batch's gradients could not be checked against autograd's: {reason}. Pass "
+            "verify_first_step=False once you have checked them yourself",
+            stacklevel=2,
+        )
+
     def check(self, found: Mapping[str, tuple[Tensor, Sequence[Gradient]]], records: int, rows_per_record: int) -> None:
-        """Compare, once; a batch with a record whose gradient is not finite is left to the next one.
+        """Compare; a batch with a record whose gradient is not finite is left to the next one.
 
         Args:
             found: ``{name: (parameter, its captured gradients, one entry a use)}``, of all trainable parameters.
@@ -142,10 +170,20 @@ class FirstBatch:
         sizes = [sum((float(torch.stack(g.norm_sq()).sum()) for g in uses), 0.0) ** 0.5 for _, uses in found.values()]
         if not calls or not all(size < float("inf") for size in sizes):
             return
-        signs = (torch.randint(2, (records,), generator=torch.Generator().manual_seed(0)) * 2 - 1).float()
+        generator = torch.Generator().manual_seed(self._attempts)
+        signs = (torch.randint(2, (records,), generator=generator) * 2 - 1) * (
+            0.5 + torch.rand(records, generator=generator)
+        )
         rows = signs.repeat_interleave(rows_per_record)
         if not all(x.dim() > self.axis and x.shape[self.axis] == len(rows) for call in calls for x in call.outputs):
-            signs, rows = torch.ones(records), None  # a loss computed inside the model, say: the plain total
+            signs, rows = torch.ones(records), None
+            if self._attempts == 0:
+                warnings.warn(
+                    "only the total of the first batch's gradients is checked against autograd's, as the model returns "
+                    "something that has no row a record (a loss of its own?): rows that it reorders or mixes would "
+                    "not be noticed",
+                    stacklevel=2,
+                )
         parameters = [p for p, _ in found.values()]
         want = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
         coarse = False
@@ -155,12 +193,7 @@ class FirstBatch:
                     total += 0 if gradient is None else gradient
                 coarse |= call.autocast()._enabled
         except _CannotRepeat as reason:
-            warnings.warn(
-                f"the first batch's gradients could not be checked against autograd's: {reason}. Pass "
-                "verify_first_step=False once you have checked them yourself",
-                stacklevel=2,
-            )
-            self.waiting = False
+            self._give_up(str(reason))
             return
         whole = sum(size**2 for size in sizes) ** 0.5
         for (name, (p, uses)), total, size in zip(found.items(), want, sizes, strict=True):
@@ -172,10 +205,17 @@ class FirstBatch:
                     f"the captured gradients of parameter {name!r} are not autograd's (off by {distance:.3g} of "
                     f"{size:.3g}): the model reorders its rows, mixes records, uses the parameter where no hook sees "
                     "it, or one of its layers works on something else than records. Let every layer have the batch "
-                    "as its first axis, register a rule with register_layer_rule, or freeze the parameter"
+                    "as its first axis, register a rule with register_layer_rule, or freeze the parameter. (A loss on "
+                    "something that the model does not return looks the same: return it, or pass "
+                    "verify_first_step=False)"
                 )
                 raise NotImplementedError(self._refused)
-        self.waiting = False
+            if size > floor * whole:
+                self.proved.add(p)
+        self._attempts += 1
+        self._records += records
+        enough = self._records >= _ENOUGH and self.proved.issuperset(parameters)
+        self.waiting = not enough and self._attempts < _ATTEMPTS
 
     def _repeat(self, call: _Call, parameters: list[Tensor], rows: Tensor | None) -> list[Tensor | None]:
         """Autograd's gradients of ``parameters`` from one call, with its output gradients weighted by ``rows``."""
@@ -194,7 +234,8 @@ class FirstBatch:
                 outputs = [self._repeated[i] for i in call.tapped]
                 for again, before in zip(outputs, call.outputs, strict=True):
                     size = float(before.abs().max()) if before.numel() else 0.0
-                    if again.shape != before.shape or not torch.allclose(again, before, 1e-2, 1e-3 * size, True):
+                    same = 1e-2 if call.autocast()._enabled else _SAME.get(before.dtype, 1e-2)
+                    if again.shape != before.shape or not torch.allclose(again, before, same, 0.1 * same * size, True):
                         raise _CannotRepeat(
                             f"a second run of {type(call.module).__name__} on the same inputs, from the same state of "
                             "PyTorch's random numbers, gives something else"
