@@ -92,6 +92,24 @@ def test_bounds_that_do_not_fit_are_refused(bounds, message):
         privatize(model_and_batch()[0], clipping="flat", max_grad_norm=bounds)
 
 
+def test_bounds_belong_to_parameters_whatever_is_frozen_later():
+    model, batch = model_and_batch()
+    private, optimizer = privatize(model, clipping="per_layer", max_grad_norm=[5.0, 0.1, 5.0, 0.1])
+    model[0].weight.requires_grad_(False)
+    moved = one_step(private, optimizer, model, 1e3 * batch)
+    assert float(moved[0].norm()) == 0.0 and 0 < float(moved[1].norm()) <= 0.1 * N and float(moved[2].norm()) > 0.1 * N
+
+
+def test_a_parameter_without_a_bound_is_refused_when_it_is_trained():
+    model, batch = model_and_batch()
+    model[0].weight.requires_grad_(False)
+    private, optimizer = privatize(model, clipping="per_layer", max_grad_norm=[0.1, 0.1, 0.1])
+    model[0].weight.requires_grad_(True)
+    record_loss(private(batch)).sum().backward()
+    with pytest.raises(ValueError, match="frozen at make_private"):
+        optimizer.step()
+
+
 # Automatic -------------------------------------------------------------------------------------------
 
 

@@ -247,3 +247,10 @@ def test_embedding_options_that_mix_records_are_refused():
         model = nn.Embedding(5, 3, **options)
         with pytest.raises(NotImplementedError, match="Embedding"):
             captured(model, torch.randint(5, (4, 2)))
+
+
+def test_a_product_over_too_many_positions_cannot_be_forced():
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="5000 positions"):
+        captured(model, torch.randn(1, 5000, 2), Plan(forced={"weight": "product"}))
+    assert captured(model, torch.randn(1, 5000, 2))["weight"] is not None

@@ -213,3 +213,60 @@ def test_a_copy_of_the_model_is_not_checked():
     record_loss(private(batch(8))).sum().backward()
     optimizer.step()
     assert optimizer.capture.first_batch.proved
+
+
+def test_a_batch_of_one_record_proves_little():
+    private, optimizer = privatize(Wrong(BETWEEN["rows turned"]))
+    record_loss(private(batch(1))).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    record_loss(private(batch(8))).sum().backward()
+    with pytest.raises(NotImplementedError, match="not autograd's"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("hidden", ["last layer zero", "frozen"])
+def test_parameters_without_a_gradient_at_first_are_checked_when_they_have_one(hidden: str):
+    model = Wrong(BETWEEN["rows turned"])
+    if hidden == "frozen":
+        model.first.requires_grad_(False)
+    else:
+        nn.init.zeros_(model.second.weight)
+        nn.init.zeros_(model.second.bias)
+    private, optimizer = privatize(model)
+    for step in range(3):
+        if step == 1:
+            model.first.requires_grad_(True)
+        record_loss(private(batch(64, seed=step))).sum().backward()
+        if step == 2 or (step == 1 and hidden == "last layer zero"):
+            with pytest.raises(NotImplementedError, match=r"first\.weight"):
+                optimizer.step()
+            break
+        optimizer.step()
+        optimizer.zero_grad()
+    else:
+        raise AssertionError("never refused")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_rows_that_change_places_are_always_noticed(seed: int):
+    i, j = torch.randperm(64, generator=torch.Generator().manual_seed(seed))[:2].tolist()
+    order = torch.arange(64)
+    order[[i, j]] = order[[j, i]]
+    private, optimizer = privatize(Wrong(lambda h: h[order]))
+    record_loss(private(batch(64))).sum().backward()
+    with pytest.raises(NotImplementedError, match="not autograd's"):
+        optimizer.step()
+
+
+def test_the_check_ends():
+    """A bias before a normalisation never has a gradient: it is not waited for for ever."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, 3)).to(D)
+    nn.init.zeros_(model[2].weight)
+    model[2].requires_grad_(False)
+    private, optimizer = privatize(model)
+    for _ in range(12):
+        record_loss(private(batch(64))).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not optimizer.capture.first_batch.waiting

@@ -1,0 +1,256 @@
+"""One draw a step: whatever a loop skips, repeats, interrupts or fetches ahead, no record is in a sum twice, and steps
+that share a draw are accounted as what they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import record_loss
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dp2vae_fast import PrivacyEngine
+
+D = torch.float64
+N = 24
+
+
+def private(physical: int | None = 4, *, batch_size: int = 8, workers: int = 0, noise: float = 0.0, **options):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).to(D)
+    engine = PrivacyEngine(accountant="rdp")
+    parts = engine.make_private(
+        module=model,
+        optimizer=options.pop("optimizer", torch.optim.SGD)(model.parameters(), lr=1.0),
+        data_loader=DataLoader(
+            TensorDataset(3 + torch.randn(N, 3, dtype=D)), batch_size=batch_size, num_workers=workers
+        ),
+        noise_multiplier=noise,
+        max_grad_norm=1.0,
+        loss_reduction="sum",
+        physical_batch_size=physical,
+        **options,
+    )
+    return engine, model, *parts
+
+
+def backward(module: nn.Module, batch: Tensor) -> None:
+    record_loss(module(batch)).sum().backward()
+
+
+# Padded batches --------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_is_skipped_ends_the_loop():
+    _, _, module, optimizer, loader = private()
+    with pytest.raises(RuntimeError, match="no step on the batch before"):
+        for number, (batch,) in enumerate(loader):
+            if number == 1:
+                continue
+            backward(module, batch)
+            optimizer.step()
+
+
+def test_so_does_an_error_that_somebody_caught():
+    _, _, module, _optimizer, loader = private()
+    with pytest.raises(RuntimeError, match="no step on the batch before"):
+        for (batch,) in loader:
+            try:
+                backward(module, batch[:, :2])
+            except RuntimeError:
+                continue
+
+
+def test_a_step_alone_after_an_error_goes_on():
+    _, _, module, optimizer, loader = private(1)
+    for number, (batch,) in enumerate(loader):
+        if number % 3:
+            backward(module, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_batches_fetched_ahead_are_refused_and_no_mask_is_used_twice():
+    _, model, _module, _optimizer, loader = private()
+    before = model.weight.detach().clone()
+    batches = iter(loader)
+    next(batches)
+    with pytest.raises(RuntimeError, match="before the next is fetched"):
+        next(batches)
+    assert torch.equal(before, model.weight)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_that_another_one_replaced_is_over(workers: int):
+    _, _, module, optimizer, loader = private(workers=workers)
+    old = iter(loader)
+    (batch,) = next(old)
+    backward(module, batch)
+    optimizer.step()
+    new = iter(loader)
+    (batch,) = next(new)
+    with pytest.raises(RuntimeError, match="another pass"):
+        next(old)
+    backward(module, batch)
+    optimizer.step()
+    for (batch,) in new:
+        assert batch.shape == (4, 3)
+        backward(module, batch)
+        optimizer.step()
+
+
+# Two draws -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("physical", [None, 64])
+def test_two_draws_in_one_backward_pass_are_refused(physical):
+    """Of the same size, so that nothing else tells them apart."""
+    _, model, module, optimizer, loader = private(physical, batch_size=N)
+    assert loader.sample_rate == 1.0
+    before = model.weight.detach().clone()
+    losses = []
+    with pytest.raises((ValueError, RuntimeError), match=r"two Poisson draws|before the next is fetched"):
+        for _ in range(2):
+            (batch,) = next(iter(loader))
+            losses.append(record_loss(module(batch)).sum())
+        sum(losses).backward()
+        optimizer.step()
+    assert torch.equal(before, model.weight)
+
+
+def test_a_batch_skipped_under_the_memory_manager_drops_its_draw():
+    _, _, module, optimizer, loader = private(None)
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as split:
+        with pytest.raises(RuntimeError, match="no step on a batch before"):
+            for number, (batch,) in enumerate(split):
+                if number == 1:
+                    continue
+                backward(module, batch)
+                optimizer.step()
+    assert not optimizer._sums
+
+
+# Steps that fail -------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("where", ["weighting", "updating"])
+def test_a_step_that_fails_leaves_no_sum_behind(where: str, monkeypatch):
+    _, model, module, optimizer, loader = private(None, batch_size=N)
+    (batch,) = next(iter(loader))
+
+    def fail(*args, **kwargs):
+        raise Interrupted
+
+    target = (optimizer.update, "step") if where == "updating" else (type(optimizer.clipping), "factors")
+    backward(module, batch)
+    with monkeypatch.context() as patched:
+        patched.setattr(*target, fail)
+        with pytest.raises(Interrupted):
+            optimizer.step()
+    assert not optimizer._sums and not optimizer.origins
+    before = model.weight.detach().clone()
+    optimizer.step()  # of nothing
+    assert torch.equal(before, model.weight)
+
+
+def test_a_new_pass_forgets_what_was_accumulated_by_hand():
+    _, _, module, optimizer, loader = private(None, batch_size=N)
+    (batch,) = next(iter(loader))
+    backward(module, batch)
+    optimizer.clip_and_accumulate()
+    next(iter(loader))
+    assert not optimizer._sums
+
+
+def test_a_frozen_parameter_keeps_its_value_whatever_gradient_it_has():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).to(D)
+    model[0].weight.requires_grad_(False)
+    private, optimizer = PrivacyEngine().privatize(
+        model,
+        torch.optim.RMSprop(model.parameters(), lr=0.1),
+        noise_multiplier=0.0,
+        max_grad_norm=1.0,
+        sample_rate=0.1,
+        expected_batch_size=4,
+    )
+    before = model[0].weight.detach().clone()
+    model[0].weight.grad = torch.ones_like(before)
+    backward(private, torch.randn(4, 3, dtype=D))
+    optimizer.step()
+    assert torch.equal(before, model[0].weight)
+
+
+# Accounting ------------------------------------------------------------------------------------------
+
+
+def test_steps_on_one_draw_are_accounted_as_one_mechanism():
+    engine, _, module, optimizer, loader = private(None, noise=2.0)
+    for (batch,) in loader:
+        for _ in range(4):
+            backward(module, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert engine.accountant.history == [(pytest.approx(1.0), 1 / 3, 3)]
+
+
+def test_two_optimizers_on_one_batch_are_accounted_as_one_mechanism():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).to(D)
+    engine = PrivacyEngine(accountant="rdp")
+    settings = dict(max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=4)
+    module, first = engine.privatize(
+        model, torch.optim.SGD(model[0].parameters(), lr=0.1), noise_multiplier=3.0, **settings
+    )
+    _, second = engine.privatize(
+        module, torch.optim.SGD(model[1].parameters(), lr=0.1), noise_multiplier=4.0, **settings
+    )
+    for _ in range(5):
+        backward(module, torch.randn(4, 3, dtype=D))
+        first.step()
+        second.step()
+    assert engine.accountant.history == [(pytest.approx((3**-2 + 4**-2) ** -0.5), 0.1, 5)]
+
+
+def test_steps_on_draws_of_their_own_stay_steps_of_their_own():
+    engine, _, module, optimizer, loader = private(3, noise=2.0)
+    for _ in range(2):
+        for (batch,) in loader:
+            backward(module, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert engine.accountant.history == [(2.0, 1 / 3, 6)]
+
+
+# Settings --------------------------------------------------------------------------------------------
+
+
+def test_a_second_optimizer_cannot_change_what_a_record_is():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).to(D)
+    engine = PrivacyEngine()
+    settings = dict(noise_multiplier=0.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=4)
+    module, _first = engine.privatize(
+        model, torch.optim.SGD(model[0].parameters(), lr=0.1), rows_per_record=4, **settings
+    )
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="4 for another optimizer"):
+        engine.privatize(module, optimizer, rows_per_record=2, **settings)
+    _, second = engine.privatize(module, optimizer, verify_first_step=False, **settings)
+    assert second.capture.rows_per_record == 4 and second.capture.first_batch.waiting
+
+
+def test_batches_that_are_not_drawn_by_coins_count_as_large_as_they_are():
+    model = nn.Linear(3, 2)
+    _, optimizer, _ = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(torch.randn(10_001, 3)), batch_size=10_000),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+    )
+    assert optimizer.sensitivity() > 1 + 2 * 10_000 * 128 * 2.0**-24
