@@ -44,12 +44,14 @@ class Plan:
 
     Args:
         forced: parameter name -> method, overriding the cost model.
+        exact_sums: weighted sums over positions are formed in float64 (:mod:`.precision`), which costs products more.
         max_kept_bytes: budget for one record's kept gradient of one parameter; above it a product is used. Gradients
             that a rule forms anyway (biases, affine scales, the vmap fallback) are not counted.
     """
 
     forced: dict[str, Method] = field(default_factory=dict)
     max_kept_bytes: int = 2**20
+    exact_sums: bool = True
     choices: dict[str, Choice] = field(default_factory=dict)
 
     def realize(self, parameter: str, gradient: Gradient) -> Gradient:
@@ -62,7 +64,7 @@ class Plan:
         return Kept(gradient.grad_sample()) if choice.method == "kept" else gradient
 
     def _choose(self, parameter: str, c: Cost) -> Choice:
-        product = c.form * (_WIDE if c.positions > 1 else 1.0)
+        product = c.form * (_WIDE if c.positions > 1 and self.exact_sums else 1.0)
         product += c.gram * (_REPEATED if c.positions >= _LOOSE_POSITIONS else 1.0)
         kept = c.form + _KEPT_NUMBER * c.numbers
         kept_bytes = 4 * c.numbers

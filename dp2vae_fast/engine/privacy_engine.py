@@ -333,13 +333,16 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if isinstance(optimizer, OpacusDPOptimizer):
             optimizer = optimizer.original_optimizer
         capture = self._capture_of(optimizer)
-        self._set_capture(capture, kwargs.pop("rows_per_record", None), kwargs.pop("verify_first_step", True))
+        rows, verify = kwargs.pop("rows_per_record", None), kwargs.pop("verify_first_step", True)
+        self._set_capture(capture, rows, verify, kwargs.get("sum_dtype"))
         kwargs["clipping"], kwargs["max_grad_norm"] = self._clipping(capture, optimizer, keystream, kwargs)
         kind = DistributedDPOptimizer if several else DPOptimizer
         return kind(optimizer, capture=capture, stream=keystream.stream("DP-SGD"), **several, **kwargs)
 
     @staticmethod
-    def _set_capture(capture: Capture, rows_per_record: int | None, verify: bool) -> None:
+    def _set_capture(
+        capture: Capture, rows_per_record: int | None, verify: bool, sum_dtype: torch.dtype | None
+    ) -> None:
         """What an optimizer asks of the capture, which it may share with others."""
         shared = bool(capture.owners)
         if rows_per_record is not None and rows_per_record != capture.rows_per_record:
@@ -351,6 +354,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             capture.set_rows_per_record(rows_per_record)
         if not verify and not shared:
             capture.first_batch.waiting = False
+        if sum_dtype == torch.float32:
+            capture.plan.exact_sums = False
 
     def _clipping(
         self, capture: Capture, optimizer: Optimizer, keystream: Keystream, options: dict[str, Any]
