@@ -319,7 +319,6 @@ class DPOptimizer(OpacusDPOptimizer):
             raise ValueError(f"max_grad_norm is {self.max_grad_norm}: it must be positive and finite")
         if not 0.0 <= self.noise_multiplier < math.inf:
             raise ValueError(f"noise_multiplier is {self.noise_multiplier}: it must be finite and not negative")
-
         self.clipping.gradient_noise_multiplier(self.noise_multiplier)
 
     def _noise_std(self) -> float:
