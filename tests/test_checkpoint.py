@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import small
 import torch
 
 from dp2vae_fast.engine.accounting import Mechanism
@@ -15,6 +16,7 @@ from dp2vae_fast.runs.checkpoint import (
     write_atomic,
     write_json,
 )
+from dp2vae_fast.runs.folder import RunFolder
 from dp2vae_fast.runs.ledger import BLOCK, RECORD, Ledger
 
 STEPS = Mechanism("DP-SGD", 1.3, 0.1, 100)
@@ -168,3 +170,12 @@ def _records(path):
     data = path.read_bytes()
     assert len(data) % RECORD == 0
     return [data[i : i + RECORD] for i in range(0, len(data), RECORD)]
+
+
+def test_a_run_does_not_change_its_engine_on_the_way(tmp_path):
+    """Its report says what the engine's rounding covers."""
+    settings = small.config()
+    with RunFolder(tmp_path / "run", resume=False, config=settings, data_sha256="data") as run:
+        run.ledger.reserve(STEPS, 1, last=2)
+    with pytest.raises(RunError, match="engine was 'fused' and is now 'opacus'"):
+        RunFolder(tmp_path / "run", resume=True, config=small.config(engine="opacus"), data_sha256="data")
