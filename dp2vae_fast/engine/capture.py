@@ -35,6 +35,10 @@ from .plan import Plan
 from .tap import Taps
 from .verify import FirstBatch
 
+Origin = tuple[str, int, int, int | None]
+"""Where gradients come from: ``("draw", id of a sampler, number, its records)``, or ``("batch", id of a capture,
+number, None)``."""
+
 
 class Capture:
     """Hooks on every layer of ``module`` that owns parameters, and the book of per-sample gradients they fill.
@@ -68,14 +72,14 @@ class Capture:
         self.set_rows_per_record(rows_per_record)
         self.plan = plan or Plan()
         self.grad_accumulation_allowed = True
-        self.draw: Callable[[], int | None] = lambda: None  # the draw that a forward is on, where somebody knows
+        self.draws: Callable[[], set[Origin]] = set  # those that a forward may be on, where somebody knows
         self.owners: dict[Tensor, Callable[[], None]] = {}  # parameter -> takes its gradients before the next batch
         self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         self._book: dict[Tensor, list[Gradient]] = {}
         self._dropped: set[Tensor] = set()  # parameters whose gradients of this batch nobody wants
         self._records: int | None = None
         self._batch = 0  # how many batches were captured
-        self._draws: set[int] = set()
+        self._draws: set[Origin] = set()
         self._held: list[tuple[str, Tensor, int]] = []  # what the book's gradients are made from, and its version
         self._swapped: dict[nn.Module, dict[str, Tensor]] = {}
         self._guarded: set[Tensor] = set()
@@ -137,9 +141,9 @@ class Capture:
         return self._records
 
     @property
-    def origins(self) -> set[tuple[str, int, int]]:
+    def origins(self) -> set[Origin]:
         """What the captured gradients come from: this batch, and the draws that its forwards were on."""
-        return {("batch", id(self), self._batch), *(("draw", id(self), draw) for draw in self._draws)}
+        return {("batch", id(self), self._batch, None), *self._draws}
 
     def holds(self, parameters: Iterable[Tensor]) -> bool:
         """Whether gradients of any of ``parameters`` wait to be taken."""
@@ -323,7 +327,7 @@ class Capture:
                 return None
             self._rows.check(name, [outputs[i] for i in tapped], self._batch_axis(layer), self.rows_per_record)
             constants = [None if t else x for x, t in zip(inputs, is_tensor, strict=True)]
-            device, draw = outputs[tapped[0]].device, self.draw()
+            device, draws = outputs[tapped[0]].device, self.draws()
             precision = partial(
                 torch.autocast,
                 device.type,
@@ -340,8 +344,7 @@ class Capture:
                     )
                 if not self._taps.reaches_parameters():
                     return
-                if draw is not None:
-                    self._draws.add(draw)
+                self._draws |= draws
                 rows = iter(saved)
                 leaves = [next(rows).detach() if t else x for x, t in zip(constants, is_tensor, strict=True)]
                 call = tree_unflatten(leaves, call_structure)

@@ -104,11 +104,11 @@ class PoissonDataLoader(DataLoader):
             expected = round(rate * dataset_size)
         collate = wrap_collate_with_empty(collate_fn=loader.collate_fn, batch_first=batch_first)
         collate([loader.dataset[0]])  # it learns what a batch looks like, should the first draw be empty
-        sampler: Sampler[list[int]] = PoissonSampler(
-            stream, dataset_size=size, sample_rate=rate, steps=steps, share=share
-        )
+        draws = PoissonSampler(stream, dataset_size=size, sample_rate=rate, steps=steps, share=share)
+        draws.in_step = loader.num_workers == 0
+        sampler: Sampler[list[int]] = draws
         if physical_batch_size is not None:
-            sampler = PhysicalBatchSampler(sampler, physical_batch_size)
+            sampler = PhysicalBatchSampler(draws, physical_batch_size)
             collate = PaddedCollate(collate, physical_batch_size, 0 if batch_first else 1)
         private = cls(
             loader.dataset,
@@ -149,8 +149,10 @@ class PoissonDataLoader(DataLoader):
 
     def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
-            self.draws.next_in_use()
+            if not self.draws.in_step:
+                self.draws.next_in_use()
             yield batch
+        self.draws.in_use = None
 
     def _in_step(self, batches: Iterator[Any], parts: deque[Part], rows: int, this: object) -> Iterator[Any]:
         for batch in batches:
@@ -163,9 +165,10 @@ class PoissonDataLoader(DataLoader):
             self.mask = torch.arange(rows) < part.records
             if self.on_batch is not None:
                 self.on_batch(self.mask, part.first, part.last)
-            if part.first:
+            if part.first and not self.draws.in_step:
                 self.draws.next_in_use()
             yield batch
+        self.draws.in_use = None
 
 
 class Part(NamedTuple):

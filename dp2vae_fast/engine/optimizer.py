@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from opacus.optimizers import DPOptimizer as OpacusDPOptimizer
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from .. import ops
-from .capture import Capture
+from .capture import Capture, Origin
 from .clipping import FlatClipping
 from .keystream import Stream
 from .precision import full_precision, sum_rounding
@@ -74,6 +74,10 @@ class DPOptimizer(OpacusDPOptimizer):
     ) -> None:
         if expected_batch_size is None:
             raise ValueError("expected_batch_size is missing: give the public number of records expected in a batch")
+        if isinstance(optimizer, LBFGS):
+            raise NotImplementedError(
+                "LBFGS takes several gradients a step, all of which would be released: use another"
+            )
         if sum_dtype not in (torch.float32, torch.float64):
             raise ValueError(f"sum_dtype is {sum_dtype}: choose torch.float64 or torch.float32")
         super().__init__(
@@ -90,7 +94,8 @@ class DPOptimizer(OpacusDPOptimizer):
         self.sum_dtype = sum_dtype
         self.padded = self.fetches_ahead = False
         self.largest_batch = 0
-        self.origins: set[Any] = set()
+        self.origins: set[Origin] = set()
+        self._parts = self._records = 0  # batches and records of the pending sum
         self._announced: tuple[Tensor, bool] | None = None  # mask, and whether the draw ends
         self.update = None if materialize_grad else FusedUpdate.of(optimizer)
         self._sums: dict[Tensor, Tensor] = {}
@@ -125,6 +130,18 @@ class DPOptimizer(OpacusDPOptimizer):
         assert self.expected_batch_size is not None
         return self.expected_batch_size * self.accumulated_iterations
 
+    def attach_step_hook(self, fn: Callable[[OpacusDPOptimizer], None]) -> None:
+        """Call ``fn`` whenever a step is counted, after what was attached before: nothing takes the accountant's
+        place."""
+        before = self.step_hook
+
+        def both(optimizer: OpacusDPOptimizer) -> None:
+            if before is not None:
+                before(optimizer)
+            fn(optimizer)
+
+        self.step_hook = both
+
     def clip_and_accumulate(self) -> None:
         """Clip the captured gradients and add them to the pending sum."""
         with full_precision(self.params), self._all_or_nothing():
@@ -132,8 +149,9 @@ class DPOptimizer(OpacusDPOptimizer):
 
     def _clip_and_accumulate(self) -> None:
         records, params = self.capture.records, self.params
+        mask = None if self._announced is None else self._announced[0]
         if self.capture.holds(params):
-            self._note_origins()
+            self._note_origins((records or 0) if mask is None else int(mask.sum()))
         gradients = self.capture.take(params)
         self._batches += 1
         if self.padded and self._announced is None:
@@ -141,7 +159,6 @@ class DPOptimizer(OpacusDPOptimizer):
                 "a padded batch without its mask, whose padding would count as records: take the batches from the "
                 "data loader that make_private returned, one step each and without BatchMemoryManager"
             )
-        mask = None if self._announced is None else self._announced[0]
         used = {p: g for p, g in zip(params, gradients, strict=True) if g is not None}
         if not records or not used:
             return
@@ -160,14 +177,24 @@ class DPOptimizer(OpacusDPOptimizer):
             pending = self._sums.get(p)
             self._sums[p] = weighted if pending is None else pending.double().add_(weighted)
 
-    def _note_origins(self) -> None:
-        """Where the captured gradients come from; without accumulation, one draw only."""
+    def _note_origins(self, records: int) -> None:
+        """Where the captured gradients come from; without accumulation, one draw only, and each of its records once."""
         self.origins |= self.capture.origins
-        if not self.capture.grad_accumulation_allowed and len({o for o in self.origins if o[0] == "draw"}) > 1:
+        self._parts, self._records = self._parts + 1, self._records + records
+        if self.capture.grad_accumulation_allowed:
+            return
+        draws = [o for o in self.origins if o[0] == "draw"]
+        if len({sampler for _, sampler, *_ in draws}) < len(draws):
             self.capture.drop(self.params)
             raise ValueError(
                 "records of two Poisson draws in one step, of which one record could be in both: call step() on each "
                 "batch before the next is used"
+            )
+        if self._parts > 1 and len(draws) == 1 and self._records > (draws[0][3] or math.inf):
+            self.capture.drop(self.params)
+            raise ValueError(
+                f"{self._records} gradients in one step on a draw of {draws[0][3]} records, which would count several "
+                "times: give the model all rows of a record at once (rows_per_record)"
             )
 
     @contextmanager
@@ -276,37 +303,40 @@ class DPOptimizer(OpacusDPOptimizer):
         self._sums.clear()
         self.clipping.forget()
         self.origins = set()
-        self._batches = 0
+        self._parts = self._records = self._batches = 0
         self._bound = 0.0
 
     def _begin_step(self) -> bool:
         """Close the physical batch. False if the step is to be skipped; otherwise the accountant has counted it."""
         self._check_settings()
         self.clip_and_accumulate()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if not p.requires_grad:
-                    p.grad = None  # of a time when it was trained, by whatever
-        if self._is_part_of_a_batch():
-            self._is_last_step_skipped = True
-            self._batches = 0  # the rest of this batch is to come
-            return False
-        self._is_last_step_skipped = False
-        self._sum_up()
-        if self.step_hook:
-            self.step_hook(self)
-        return True
+        with self._all_or_nothing():
+            self.origins |= self.capture.draws()  # of an empty draw, too
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if not p.requires_grad:
+                        p.grad = None  # of a time when it was trained, by whatever
+            if self._is_part_of_a_batch():
+                self._is_last_step_skipped = True
+                self._batches = 0  # the rest of this batch is to come
+                return False
+            self._is_last_step_skipped = False
+            self._sum_up()
+            if self.step_hook:
+                self.step_hook(self)
+            return True
 
     def _is_part_of_a_batch(self) -> bool:
         if self._announced is not None:
             (_, last), self._announced = self._announced, None
             return not last
-        if len(self._step_skip_queue) > 1 and not self.fetches_ahead:
+        signals, of_a_loader = len(self._step_skip_queue), bool(self.capture.draws())
+        if not self.fetches_ahead and (signals > 1 or (of_a_loader and signals == 0 and self._is_last_step_skipped)):
             self._step_skip_queue.clear()
-            self._forget_sums()
+            self._is_last_step_skipped = False
             raise RuntimeError(
-                "there was no step on a batch before this one, so that two draws would be mixed: call step() on every "
-                "batch, empty ones too. The sum of this draw has been dropped"
+                "a batch before this one had no step, or two: draws or records would be mixed. Call step() "
+                "once on every batch, empty ones too. The sum of this draw has been dropped"
             )
         return self._check_skip_next_step()
 
@@ -341,7 +371,7 @@ class DPOptimizer(OpacusDPOptimizer):
         if not self.capture.grad_accumulation_allowed:
             raise ValueError(
                 "Poisson sampling does not compose by accumulation: call optimizer.step() after every batch "
-                "(BatchMemoryManager splits large batches), or pass poisson_sampling=False"
+                "(BatchMemoryManager splits large batches), and backward() once on the sum of several losses"
             )
         self.clip_and_accumulate()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import opacus
 import torch
@@ -17,13 +19,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from .capture import Capture
+from .capture import Capture, Origin
 from .clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, GroupClipping
 from .distributed import DistributedDPOptimizer, Ranks
 from .keystream import Keystream
 from .loader import PoissonDataLoader, public_rate
 from .module import FusedGradSampleHooks, FusedGradSampleModule
 from .optimizer import DPOptimizer
+from .sampling import PoissonSampler
 
 FUSED = "fused"
 # Opacus' names of the options of adaptive clipping, and ours.
@@ -34,6 +37,18 @@ _ADAPTIVE = {
     "max_clipbound": "largest",
     "unclipped_num_std": "count_noise",
 }
+
+
+class _Counted(NamedTuple):
+    """A step that the accountant was told of."""
+
+    origins: set[Origin]
+    noise_multiplier: float
+    sample_rate: float
+
+
+def _in_use(samplers: list[PoissonSampler]) -> set[Origin]:
+    return {("draw", id(s), *s.in_use) for s in samplers if s.in_use is not None}
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -67,10 +82,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
         self.keystream = keystream or Keystream.secret()
         self._fused = True
         self._loader_options: dict[str, int | None] = {}
-        self._last_step: tuple[set[Any], float, float] = (set(), 0.0, 0.0)  # origins, noise multiplier, rate
+        self._counted: deque[_Counted] = deque(maxlen=64)  # the last steps, which others may share a draw with
+        self._samplers: list[PoissonSampler] = []
         self._ranks: Ranks | None = None  # those that train the module made private last
         if secure_mode and self.keystream.source != "secret":
             raise ValueError("secure_mode=True needs a secret keystream: pass Keystream.secret() or none")
+        self._own_samplers: weakref.WeakKeyDictionary[Capture, list[PoissonSampler]] = weakref.WeakKeyDictionary()
         self._captures: weakref.WeakKeyDictionary[nn.Module, Capture] = weakref.WeakKeyDictionary()
 
     def make_private(
@@ -174,6 +191,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         else:  # Opacus takes int(N * (1 / batches)), which is one too low for many N
             private_optimizer.expected_batch_size = len(loader.dataset) // len(loader)
             private_optimizer.largest_batch = loader.batch_size or len(loader.dataset)
+        private_optimizer.step_hook = None  # Opacus', with Opacus' rate
         private_optimizer.attach_step_hook(self._counter(rate))
         return parts
 
@@ -276,6 +294,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
         else:
             private.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=sample_rate))
         return wrapped, private
+
+    def load_checkpoint(self, **kwargs: Any) -> dict:
+        """Opacus' ``load_checkpoint``; steps counted before share no draw with those to come."""
+        self._counted.clear()
+        return super().load_checkpoint(**kwargs)
 
     # Opacus' construction points ------------------------------------------------------------------------------------
 
@@ -417,33 +440,60 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def _join(self, optimizer: DPOptimizer, loader: PoissonDataLoader) -> None:
         """What the loader knows of its draws and the optimizer must."""
         optimizer.expected_batch_size = loader.expected_batch_size
-        optimizer.capture.draw = lambda: loader.draws.in_use
+        own = self._own_samplers.setdefault(optimizer.capture, [])
+        own.append(loader.draws)
+        self._samplers.append(loader.draws)
+
+        def draws() -> set[Origin]:
+            """Those in use of the module's own loaders, or else of any loader of this engine."""
+            return _in_use(own) or _in_use(self._samplers)
+
+        optimizer.capture.draws = draws
         loader.draws.begin_pass = optimizer.begin_pass
         if loader.is_padded:
             optimizer.padded = True
             loader.on_batch = optimizer.next_physical_batch
 
-    def _counter(self, sample_rate: float) -> Callable[[DPOptimizer], None]:
+    def _counter(self, sample_rate: float) -> Callable[[OpacusDPOptimizer], None]:
         """Step hook that tells the accountant.
 
         Several steps on one draw, of one optimizer or of several, are no subsampling each: together they are one
         Gaussian mechanism on that draw, whose noise multiplier is ``(sum of z^-2)^(-1/2)``.
         """
 
-        def count(optimizer: DPOptimizer) -> None:
-            z, rate = optimizer.noise_multiplier, sample_rate * optimizer.accumulated_iterations
-            origins, history = set(optimizer.origins), self.accountant.history
-            last, last_z, last_rate = self._last_step
-            if origins & last and last_rate == rate and history and history[-1][:2] == (last_z, rate):
-                noise_multiplier, rate, steps = history.pop()
-                if steps > 1:
-                    history.append((noise_multiplier, rate, steps - 1))
-                z = 0.0 if 0.0 in (z, last_z) else (z**-2 + last_z**-2) ** -0.5
-                origins |= last
-            self.accountant.step(noise_multiplier=z, sample_rate=rate)
-            self._last_step = (origins, z, rate)
+        def count(optimizer: Any) -> None:
+            z, rate = optimizer.noise_multiplier, min(1.0, sample_rate * optimizer.accumulated_iterations)
+            origins: set[Origin] = set(optimizer.origins)
+            rate = max([rate, *(d.sample_rate for d in self._samplers if any(o[1] == id(d) for o in origins))])
+            before = list(self.accountant.history)
+            try:
+                for counted in [c for c in self._counted if c.origins & origins]:
+                    self._counted.remove(counted)
+                    if self._uncount(counted):
+                        origins |= counted.origins
+                        z = (
+                            0.0
+                            if 0.0 in (z, counted.noise_multiplier)
+                            else math.hypot(1 / z, 1 / counted.noise_multiplier) ** -1
+                        )
+                        rate = max(rate, counted.sample_rate)
+                self.accountant.step(noise_multiplier=z, sample_rate=rate)
+            except BaseException:
+                self.accountant.history = before
+                raise
+            self._counted.append(_Counted(origins, z, rate))
 
         return count
+
+    def _uncount(self, counted: _Counted) -> bool:
+        """Take a step back that the accountant has counted; false where it is no longer there."""
+        history = self.accountant.history
+        for i in reversed(range(len(history))):
+            noise_multiplier, rate, steps = history[i]
+            if (noise_multiplier, rate) == (counted.noise_multiplier, counted.sample_rate):
+                history[i : i + 1] = [(noise_multiplier, rate, steps - 1)] if steps > 1 else []
+                return True
+        return False
 
     def _select(self, grad_sample_mode: str) -> None:
         self._fused = grad_sample_mode == FUSED

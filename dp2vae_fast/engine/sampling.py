@@ -84,11 +84,14 @@ class PoissonSampler(UniformWithReplacementSampler):
 
     Attributes:
         begin_pass: called at the start of a pass; true if it cut another one short, whose draws must then end.
-        in_use: number of the draw whose records the user has been given last; None where nobody says.
+        in_use: number and size of the draw whose records the user has been given last; None where nobody says. The
+            size is None where workers fetch ahead.
+        in_step: draws are made when they are asked for, not ahead.
     """
 
     begin_pass: Callable[[], bool] | None = None
-    in_use: int | None = None
+    in_use: tuple[int, int | None] | None = None
+    in_step: bool = False
 
     def __init__(
         self, stream: Stream, *, dataset_size: int, sample_rate: float, steps: int, share: tuple[int, int] = (0, 1)
@@ -101,10 +104,10 @@ class PoissonSampler(UniformWithReplacementSampler):
         self._cut_short = 0
         self._used = 0
 
-    def next_in_use(self) -> None:
-        """The user is given the records of another draw."""
+    def next_in_use(self, size: int | None = None) -> None:
+        """The user is given the records of another draw, this many."""
         self._used += 1
-        self.in_use = self._used
+        self.in_use = self._used, size
 
     def __len__(self) -> int:
         return self.steps
@@ -120,4 +123,6 @@ class PoissonSampler(UniformWithReplacementSampler):
                     "its rest cannot be told from the next draw. Finish one pass before the next, or use another loader"
                 )
             drawn = self.stream.poisson(self.num_samples, self.sample_rate)
+            if self.in_step:
+                self.next_in_use(len(drawn))
             yield (drawn * self.share[1] + self.share[0]).tolist()

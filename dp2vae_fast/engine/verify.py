@@ -168,7 +168,12 @@ class FirstBatch:
             raise NotImplementedError(self._refused)
         calls, self._calls = self._calls, []
         sizes = [sum((float(torch.stack(g.norm_sq()).sum()) for g in uses), 0.0) ** 0.5 for _, uses in found.values()]
-        if not calls or not all(size < float("inf") for size in sizes):
+        if not calls:
+            return
+        if not all(size < float("inf") for size in sizes):
+            self._attempts += 1
+            if self._attempts >= _ATTEMPTS:
+                self._give_up("every batch so far had a record whose gradient is not finite")
             return
         generator = torch.Generator().manual_seed(self._attempts)
         signs = (torch.randint(2, (records,), generator=generator) * 2 - 1) * (
@@ -248,30 +253,36 @@ class FirstBatch:
                         for b in backprops
                     ]
                 live = [(x, b) for x, b in zip(outputs, backprops, strict=True) if x.requires_grad]
-                gradients = dict(zip(used, _gradients(live, used), strict=True))
+                gradients = dict(zip(used, _gradients(live, used, call.trainable), strict=True))
         finally:
             self._repeating, self._repeated = None, []
         return [gradients.get(p) for p in parameters]
 
 
-def _gradients(outputs: list[tuple[Tensor, Tensor]], parameters: list[Tensor]) -> list[Tensor | None]:
-    """``torch.autograd.grad``, or an ordinary backward pass where reentrant checkpointing forbids that."""
-    tensors, backprops = zip(*outputs, strict=True) if outputs else ((), ())
+def _gradients(
+    outputs: list[tuple[Tensor, Tensor]], parameters: list[Tensor], trainable: set[Tensor]
+) -> Sequence[Tensor | None]:
+    """``torch.autograd.grad``, or an ordinary backward pass where reentrant checkpointing forbids that, or hides a
+    parameter from it. No ``.grad`` of the ``trainable`` parameters is changed."""
     if not outputs:
         return [None] * len(parameters)
+    tensors, backprops = zip(*outputs, strict=True)
     try:
-        return list(torch.autograd.grad(tensors, parameters, backprops, allow_unused=True, retain_graph=True))
+        found = torch.autograd.grad(tensors, parameters, backprops, allow_unused=True, retain_graph=True)
+        if all(gradient is not None for gradient in found):
+            return found
     except RuntimeError as error:
         if "checkpoint" not in str(error).lower():
             raise
-    before = [p.grad for p in parameters]
-    for p in parameters:
-        p.grad = None
-    torch.autograd.backward(tensors, backprops)
-    found = [p.grad for p in parameters]
-    for p, gradient in zip(parameters, before, strict=True):
-        p.grad = gradient
-    return found
+    before = {p: p.grad for p in trainable}
+    try:
+        for p in trainable:
+            p.grad = None
+        torch.autograd.backward(tensors, backprops)
+        return [p.grad for p in parameters]
+    finally:
+        for p, gradient in before.items():
+            p.grad = gradient
 
 
 def _random_states(device: torch.device) -> dict[torch.device, Tensor]:
