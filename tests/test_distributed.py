@@ -416,19 +416,24 @@ def set_apart(rank: int, **settings: Any) -> None:
     optimizer.step()
 
 
-def fail_after_the_sum(rank: int) -> None:
+def freeze_one(rank: int) -> None:
+    """Parameters of equal size, one of which each rank trains."""
+    model, optimizer, _ = private(rank, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double())
+    list(model.parameters())[2 * rank].requires_grad_(False)
+    optimizer.step()
+
+
+def fail_after_the_sum(rank: int) -> int:
     model, optimizer, _ = private(rank, small_model())
 
     def fail(_: Any) -> None:
         raise KeyError("the budget is spent")
 
     optimizer.attach_step_hook(fail)
-    for _ in range(2):
-        backward(model, records()[rank::SIZE])
-        try:
-            optimizer.step()
-        except KeyError:
-            continue
+    backward(model, records()[rank::SIZE])
+    with pytest.raises(KeyError):
+        optimizer.step()
+    return len(optimizer._sums)
 
 
 REFUSED: dict[str, Callable[[int], Any]] = {
@@ -458,7 +463,8 @@ REFUSED: dict[str, Callable[[int], Any]] = {
     "is inside the module": lambda r: wrap(r, lambda model: nn.Sequential(DPDDP(model))),
     "at different noise_multipliers": lambda r: set_apart(r, noise_multiplier=[1.0, 2.0]),
     "at different bounds": lambda r: set_apart(r, max_grad_norm=[0.3, 0.2]),
-    "zero_grad\\(\\) first": fail_after_the_sum,
+    "at different expected_batch_sizes": lambda r: set_apart(r, expected_batch_size=[4, 5]),
+    "at different set of trainable parameters": lambda r: freeze_one(r),
 }
 
 
@@ -466,6 +472,10 @@ REFUSED: dict[str, Callable[[int], Any]] = {
 def test_it_is_refused_on_every_rank(pair: Pair, name: str):
     for message in pair(refused, name):
         assert re.search(name, message), message
+
+
+def test_a_step_that_fails_after_the_sum_leaves_none_behind(pair: Pair):
+    assert pair(fail_after_the_sum) == [0, 0]
 
 
 def opacus_own_mode(rank: int) -> str:

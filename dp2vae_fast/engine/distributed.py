@@ -7,6 +7,7 @@ the number of ranks. For this the ranks share a key, which goes through the proc
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,15 +104,20 @@ class Ranks:
         """One stream for each rank, of which no two share a block: this rank's."""
         return [shared.stream(f"{name}, rank {rank}") for rank in range(self.size)][self.rank]
 
-    def add_up(self, parts: Sequence[Tensor], row: Sequence[float]) -> tuple[list[Tensor], list[list[float]]]:
-        """Sums of ``parts`` over the ranks, in float64, and every rank's ``row``, by one ``all_reduce``."""
+    def rows(self, row: Sequence[float]) -> list[list[float]]:
+        """Every rank's ``row`` of numbers, in the order of ranks."""
         rows = torch.zeros(self.size, len(row), dtype=torch.float64)
         rows[self.rank] = torch.tensor(row, dtype=torch.float64)
-        flat = torch.cat([x.to(self._device, torch.float64).flatten() for x in (rows, *parts)])
+        rows = rows.to(self._device)
+        dist.all_reduce(rows)
+        return rows.tolist()
+
+    def add_up(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Sums of ``parts`` over the ranks, in float64."""
+        flat = torch.cat([x.to(self._device, torch.float64).flatten() for x in parts])
         dist.all_reduce(flat)
-        rest = flat[rows.numel() :].split([x.numel() for x in parts])
-        totals = [total.view(x.shape).to(x.device) for total, x in zip(rest, parts, strict=True)]
-        return totals, flat[: rows.numel()].view_as(rows).tolist()
+        sums = flat.split([x.numel() for x in parts])
+        return [total.view(x.shape).to(x.device) for total, x in zip(sums, parts, strict=True)]
 
     def check_parameters(self, optimizer: Optimizer) -> None:
         """The ranks must have optimizers of one kind, over as many parameters.
@@ -175,31 +181,28 @@ class DistributedDPOptimizer(DPOptimizer):
         super().__init__(*args, **kwargs)
         self.ranks = ranks
         self.rank, self.world_size = ranks.rank, ranks.size
-        self._summed_up = False
 
     def _sum_up(self) -> None:
         """Add up what the ranks have: sums, the clipping's count, and the largest bound that any of them clipped to.
 
         Raises:
-            RuntimeError: on every rank, where a schedule or an interrupted step has set them apart.
+            RuntimeError: on every rank, where a schedule, a frozen parameter or an interrupted step has set them apart.
         """
-        if self._summed_up:
-            raise RuntimeError(
-                "the last step failed after the ranks had added up their sums, which are not to be added up again: "
-                "call zero_grad() first"
-            )
-        zero = torch.zeros((), dtype=torch.float64)
-        local = [self._sums.get(p, zero.to(p.device).expand_as(p)) for p in self.params]
-        equal = {"step": self.stream.step, "noise_multiplier": self.noise_multiplier, "bound": self.max_grad_norm}
-        totals, rows = self.ranks.add_up(local, [*equal.values(), self._bound, self._batches, self.clipping.count])
+        every = [p for group in self.param_groups for p in group["params"]]
+        trained = ",".join(f"{i}:{p.numel()}" for i, p in enumerate(every) if p.requires_grad)
+        equal = {
+            "step": self.stream.step,
+            "noise_multiplier": self.noise_multiplier,
+            "bound": self.max_grad_norm,
+            "expected_batch_size": self._expected_records / self.accumulated_iterations,
+            "set of trainable parameter": zlib.crc32(trained.encode()),
+        }
+        rows = self.ranks.rows([*equal.values(), self._bound, self._batches, self.clipping.count])
         *columns, bounds, batches, counts = zip(*rows, strict=True)
         for name, values in zip(equal, columns, strict=True):
             if len(set(values)) > 1:
                 raise RuntimeError(f"the ranks are at different {name}s: {', '.join(map(str, values))}")
+        zero = torch.zeros((), dtype=torch.float64)
+        totals = self.ranks.add_up([self._sums.get(p, zero.to(p.device).expand_as(p)) for p in self.params])
         self._sums.update(zip(self.params, totals, strict=True))
-        self._summed_up = True
         self._bound, self._batches, self.clipping.count = max(bounds), int(max(batches)), sum(counts)
-
-    def _forget_sums(self) -> None:
-        super()._forget_sums()
-        self._summed_up = False

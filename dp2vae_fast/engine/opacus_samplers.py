@@ -85,7 +85,8 @@ def register_with_opacus(*, conv_norms: bool = True) -> Registration:
     Out of reach from there, and as it was:
         Under "ghost": weight tying (refused between layers with a norm sampler; silently wrong where a function uses a
         layer's weight); a second backward pass before the step; the gradients of Opacus' own second backward pass,
-        which round on their own, so that under bfloat16 autocast a record may exceed ``max_grad_norm`` by that.
+        which round on their own, so that under bfloat16 autocast, and in bfloat16 models, a record may exceed
+        ``max_grad_norm`` by that.
         Anywhere: layers called by keyword, unused parameters, a record that is not finite, and the rounding of norms
         that Opacus takes of gradients that were formed ("hooks", and layers without a norm sampler).
     """

@@ -27,7 +27,8 @@ def noise_p_values(steps: Sequence[Sequence[Tensor]]) -> dict[str, float]:
         steps: noise over its claimed standard deviation, one tensor for each parameter, for each of at least two steps.
 
     Mean and variance of each parameter over all steps; the shape of the distribution; correlation of a parameter with
-    itself one, two steps and all the way back, and with every other parameter of its step. Given one of two independent
+    itself one, two steps and all the way back, of its halves and of neighbouring numbers, and with every other
+    parameter of its step (shifted by one and two numbers, too) and of the step before. Given one of two independent
     normal vectors, their inner product over its norm is exactly normal.
     """
     found: dict[str, float] = {}
@@ -41,8 +42,19 @@ def noise_p_values(steps: Sequence[Sequence[Tensor]]) -> dict[str, float]:
         for i, z in enumerate(step):
             for back in {1, 2, t} & set(range(1, t + 1)):
                 found[f"parameter {i}, steps {t - back} and {t}"] = _correlation(steps[t - back][i], z)
+            flat = z.flatten()
+            found[f"halves of parameter {i}, step {t}"] = _correlation(flat[: len(flat) // 2], flat[len(flat) // 2 :])
+            found[f"neighbours in parameter {i}, step {t}"] = _correlation(flat[::2], flat[1::2])
             for j in range(i):
                 found[f"parameters {j} and {i}, step {t}"] = _correlation(step[j], z)
+                for shift in (1, 2):
+                    found[f"parameters {j} and {i} by {shift}, step {t}"] = _correlation(step[j].flatten()[shift:], z)
+                    found[f"parameters {i} and {j} by {shift}, step {t}"] = _correlation(flat[shift:], step[j])
+            if t:
+                for j in range(len(step)):
+                    if j != i:
+                        name = f"parameter {j} of step {t - 1} and {i} of step {t}"
+                        found[name] = _correlation(steps[t - 1][j], z)
     return found
 
 
@@ -55,7 +67,8 @@ def sampler_p_values(draws: Sequence[Sequence[int]], dataset_size: int, sample_r
     Sizes of the draws, the number of draws that each record is in, and the number of records that two consecutive
     draws share (given the first of them) are binomial. Each count is turned into an exactly uniform number by a coin of
     this test's own between its two tail probabilities, then into a normal one, and mean and dispersion are tested. A
-    sampler of fixed size has no dispersion of sizes; one that shuffles has none of counts, and shares no record.
+    sampler of fixed size has no dispersion of sizes; one that shuffles has none of counts, and shares no record. The
+    record drawn least or most often has its own tail probability, times the number of records.
 
     Edge cases: a record twice in one draw, or an index out of range, gives a p-value of 0.
     """
@@ -76,6 +89,10 @@ def sampler_p_values(draws: Sequence[Sequence[int]], dataset_size: int, sample_r
         z = _normal_scores(observed, trials, sample_rate, coins)
         found[f"mean of {name}"] = _normal(float(z.sum()) / math.sqrt(len(z)))
         found[f"dispersion of {name}"] = _chi_square(len(z), float(np.square(z).sum()))
+    tails = np.minimum(
+        stats.binom.cdf(counts, len(draws), sample_rate), stats.binom.sf(counts - 1, len(draws), sample_rate)
+    )
+    found["the record that is drawn least or most"] = min(1.0, 2 * dataset_size * float(tails.min()))
     return found
 
 
