@@ -131,6 +131,32 @@ def test_a_batch_skipped_under_the_memory_manager_drops_its_draw():
     assert not optimizer._sums
 
 
+def test_a_physical_batch_stepped_on_twice_drops_its_draw():
+    _, _, module, optimizer, loader = private(None, batch_size=N)
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=10, optimizer=optimizer) as split:
+        (batch,) = next(iter(split))
+        backward(module, batch)
+        optimizer.step()
+        backward(module, batch)
+        with pytest.raises((ValueError, RuntimeError), match=r"or two|count several times"):
+            for _ in range(3):
+                optimizer.step()
+                backward(module, batch)
+    assert not optimizer._sums
+
+
+def test_augmentations_summed_by_hand_are_refused():
+    _, _, module, optimizer, loader = private(None, batch_size=N)
+    (batch,) = next(iter(loader))
+    backward(module, batch)
+    optimizer.signal_skip_step(do_skip=True)
+    optimizer.step()
+    backward(module, batch.flip(1))
+    with pytest.raises(ValueError, match="count several times"):
+        optimizer.step()
+    assert not optimizer._sums
+
+
 # Steps that fail -------------------------------------------------------------------------------------
 
 
@@ -156,6 +182,21 @@ def test_a_step_that_fails_leaves_no_sum_behind(where: str, monkeypatch):
     before = model.weight.detach().clone()
     optimizer.step()  # of nothing
     assert torch.equal(before, model.weight)
+
+
+def test_a_hook_that_fails_leaves_no_sum_behind_and_takes_nobodys_place():
+    engine, _, module, optimizer, loader = private(None, batch_size=N, noise=1.0)
+    (batch,) = next(iter(loader))
+
+    def fail(_) -> None:
+        raise Interrupted
+
+    optimizer.attach_step_hook(fail)
+    backward(module, batch)
+    with pytest.raises(Interrupted):
+        optimizer.step()
+    assert not optimizer._sums
+    assert engine.accountant.history == [(1.0, 1.0, 1)]  # it was counted before
 
 
 def test_a_new_pass_forgets_what_was_accumulated_by_hand():
@@ -214,6 +255,77 @@ def test_two_optimizers_on_one_batch_are_accounted_as_one_mechanism():
         first.step()
         second.step()
     assert engine.accountant.history == [(pytest.approx((3**-2 + 4**-2) ** -0.5), 0.1, 5)]
+
+
+def two_models(engine: PrivacyEngine):
+    torch.manual_seed(0)
+    parts = []
+    for z in (3.0, 4.0):
+        model = nn.Linear(3, 2).to(D)
+        parts.append(
+            engine.make_private(
+                module=model,
+                optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+                data_loader=DataLoader(TensorDataset(torch.randn(N, 3, dtype=D)), batch_size=8),
+                noise_multiplier=z,
+                max_grad_norm=1.0,
+            )
+        )
+    return parts
+
+
+@pytest.mark.parametrize("order", [(0, 1), (0, 1, 0), (1, 0)])
+def test_two_models_on_one_loaders_draws_are_accounted_as_one_mechanism(order):
+    engine = PrivacyEngine(accountant="rdp")
+    parts = two_models(engine)
+    for (batch,) in parts[0][2]:
+        for which in order:
+            module, optimizer, _ = parts[which]
+            if len(batch):  # an empty draw may be left out
+                backward(module, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+    joint = sum((3.0, 4.0)[which] ** -2 for which in order) ** -0.5
+    assert engine.accountant.history == [(pytest.approx(joint), 1 / 3, 3)]
+
+
+def test_two_models_on_draws_of_their_own_are_accounted_one_by_one():
+    engine = PrivacyEngine(accountant="rdp")
+    parts = two_models(engine)
+    for (one,), (other,) in zip(parts[0][2], parts[1][2], strict=True):
+        for (module, optimizer, _), batch in zip(parts, (one, other), strict=True):
+            backward(module, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert sorted(engine.accountant.history) == [(3.0, 1 / 3, 1)] * 3 + [(4.0, 1 / 3, 1)] * 3
+
+
+def test_a_loaded_history_is_not_rewritten(tmp_path):
+    engine, _, module, optimizer, loader = private(None, noise=2.0)
+    batches = iter(loader)
+    (batch,) = next(batches)
+    backward(module, batch)
+    optimizer.step()
+    engine.save_checkpoint(path=tmp_path / "c.pt", module=module, optimizer=optimizer)
+    engine.load_checkpoint(path=tmp_path / "c.pt", module=module, optimizer=optimizer)
+    backward(module, batch)
+    optimizer.step()
+    assert engine.accountant.history == [(2.0, 1 / 3, 2)]
+
+
+def test_an_accountant_that_refuses_keeps_its_history():
+    engine = PrivacyEngine(accountant="gdp")
+    parts = two_models(engine)
+    (batch,) = next(iter(parts[0][2]))
+    for which, (module, optimizer, _) in enumerate(parts):
+        backward(module, batch)
+        if which:
+            engine.accountant.history = [(9.0, 1 / 3, 5), (3.0, 1 / 3, 1)]
+            with pytest.raises(ValueError):
+                optimizer.step()
+            assert engine.accountant.history == [(9.0, 1 / 3, 5), (3.0, 1 / 3, 1)]
+        else:
+            optimizer.step()
 
 
 def test_steps_on_draws_of_their_own_stay_steps_of_their_own():

@@ -270,3 +270,32 @@ def test_the_check_ends():
         optimizer.step()
         optimizer.zero_grad()
     assert not optimizer.capture.first_batch.waiting
+
+
+def test_a_check_that_never_comes_about_says_so():
+    private, optimizer = privatize(Wrong(BETWEEN["rows turned"]))
+    with pytest.warns(UserWarning, match="not finite"):
+        for seed in range(10):
+            inputs = batch(8, seed)
+            inputs[0] = float("nan")
+            record_loss(private(inputs)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not optimizer.capture.first_batch.waiting
+
+
+def test_reentrant_checkpointing_hides_no_parameter_from_the_check():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = layers(), nn.Linear(3, 2, dtype=D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(checkpoint(self.body, x, use_reentrant=True))
+
+    model = Model()
+    private, optimizer = privatize(model)
+    record_loss(private(batch(64).requires_grad_())).sum().backward()
+    optimizer.step()
+    assert len(optimizer.capture.first_batch.proved) == 6
+    assert all(p.grad is None for p in model.parameters())

@@ -90,10 +90,7 @@ class FirstBatch:
         leaves, _ = tree_flatten((args, kwargs))
         device = next((x.device for x in leaves if isinstance(x, Tensor)), torch.device("cpu"))
         # Contiguous: PyTorch 2.13 crashes in the backward pass of a GroupNorm that comes first on channels-last images.
-        args, kwargs = tree_map(
-            lambda x: x.detach().clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x,
-            (args, kwargs),
-        )
+        args, kwargs = tree_map(_copy, (args, kwargs))
         dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         self._open = _Call(
             module,
@@ -232,8 +229,11 @@ class FirstBatch:
             with torch.enable_grad(), torch.random.fork_rng([d for d in call.random if d.type != "cpu"]):
                 _set_random_states(call.random)
                 try:
+                    args, kwargs = tree_map(
+                        lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs)
+                    )
                     with call.autocast():
-                        call.module(*call.args, **call.kwargs)
+                        call.module(*args, **kwargs)
                 except Exception as error:
                     raise _CannotRepeat(f"a second run of {type(call.module).__name__} raises {error!r}") from error
                 outputs = [self._repeated[i] for i in call.tapped]
@@ -257,6 +257,12 @@ class FirstBatch:
         finally:
             self._repeating, self._repeated = None, []
         return [gradients.get(p) for p in parameters]
+
+
+def _copy(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    return x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
 
 
 def _gradients(
