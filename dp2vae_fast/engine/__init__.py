@@ -5,7 +5,7 @@
 * ``layers``, ``fallback``: from that to per-sample gradients; ``gradients``, ``plan``: formed, or never;
 * ``clipping``, ``precision``: factors, and what they guarantee after rounding;
 * ``optimizer``, ``update``: sum, noise and the inner optimizer's step; ``distributed``: over several processes;
-* ``accounting``: what has been spent.
+* ``counting``, ``accounting``: what has been spent.
 
 ``privacy_engine`` and ``module`` give all this the face of Opacus. ``audit`` tries to break it.
 """

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import opacus
 import torch
@@ -21,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from .capture import Capture, Origin
 from .clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, GroupClipping
+from .counting import StepCounter, in_use
 from .distributed import DistributedDPOptimizer, Ranks
 from .keystream import Keystream
 from .loader import PoissonDataLoader, public_rate
@@ -37,18 +36,6 @@ _ADAPTIVE = {
     "max_clipbound": "largest",
     "unclipped_num_std": "count_noise",
 }
-
-
-class _Counted(NamedTuple):
-    """A step that the accountant was told of."""
-
-    origins: set[Origin]
-    noise_multiplier: float
-    sample_rate: float
-
-
-def _in_use(samplers: list[PoissonSampler]) -> set[Origin]:
-    return {("draw", id(s), *s.in_use) for s in samplers if s.in_use is not None}
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -82,8 +69,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         self.keystream = keystream or Keystream.secret()
         self._fused = True
         self._loader_options: dict[str, int | None] = {}
-        self._counted: deque[_Counted] = deque(maxlen=64)  # the last steps, which others may share a draw with
-        self._samplers: list[PoissonSampler] = []
+        self._counter = StepCounter(lambda: self.accountant)
         self._ranks: Ranks | None = None  # those that train the module made private last
         if secure_mode and self.keystream.source != "secret":
             raise ValueError("secure_mode=True needs a secret keystream: pass Keystream.secret() or none")
@@ -192,7 +178,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             private_optimizer.expected_batch_size = len(loader.dataset) // len(loader)
             private_optimizer.largest_batch = loader.batch_size or len(loader.dataset)
         private_optimizer.step_hook = None  # Opacus', with Opacus' rate
-        private_optimizer.attach_step_hook(self._counter(rate))
+        private_optimizer.attach_step_hook(self._counter.hook(rate))
         return parts
 
     def make_private_with_epsilon(
@@ -290,14 +276,14 @@ class PrivacyEngine(opacus.PrivacyEngine):
             **kwargs,
         )
         if grad_sample_mode == FUSED:
-            private.attach_step_hook(self._counter(sample_rate))
+            private.attach_step_hook(self._counter.hook(sample_rate))
         else:
             private.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=sample_rate))
         return wrapped, private
 
     def load_checkpoint(self, **kwargs: Any) -> dict:
         """Opacus' ``load_checkpoint``; steps counted before share no draw with those to come."""
-        self._counted.clear()
+        self._counter.forget()
         return super().load_checkpoint(**kwargs)
 
     # Opacus' construction points ------------------------------------------------------------------------------------
@@ -442,58 +428,17 @@ class PrivacyEngine(opacus.PrivacyEngine):
         optimizer.expected_batch_size = loader.expected_batch_size
         own = self._own_samplers.setdefault(optimizer.capture, [])
         own.append(loader.draws)
-        self._samplers.append(loader.draws)
+        self._counter.samplers.append(loader.draws)
 
         def draws() -> set[Origin]:
             """Those in use of the module's own loaders, or else of any loader of this engine."""
-            return _in_use(own) or _in_use(self._samplers)
+            return in_use(own) or in_use(self._counter.samplers)
 
         optimizer.capture.draws = draws
         loader.draws.begin_pass = optimizer.begin_pass
         if loader.is_padded:
             optimizer.padded = True
             loader.on_batch = optimizer.next_physical_batch
-
-    def _counter(self, sample_rate: float) -> Callable[[OpacusDPOptimizer], None]:
-        """Step hook that tells the accountant.
-
-        Several steps on one draw, of one optimizer or of several, are no subsampling each: together they are one
-        Gaussian mechanism on that draw, whose noise multiplier is ``(sum of z^-2)^(-1/2)``.
-        """
-
-        def count(optimizer: Any) -> None:
-            z, rate = optimizer.noise_multiplier, min(1.0, sample_rate * optimizer.accumulated_iterations)
-            origins: set[Origin] = set(optimizer.origins)
-            rate = max([rate, *(d.sample_rate for d in self._samplers if any(o[1] == id(d) for o in origins))])
-            before = list(self.accountant.history)
-            try:
-                for counted in [c for c in self._counted if c.origins & origins]:
-                    self._counted.remove(counted)
-                    if self._uncount(counted):
-                        origins |= counted.origins
-                        z = (
-                            0.0
-                            if 0.0 in (z, counted.noise_multiplier)
-                            else math.hypot(1 / z, 1 / counted.noise_multiplier) ** -1
-                        )
-                        rate = max(rate, counted.sample_rate)
-                self.accountant.step(noise_multiplier=z, sample_rate=rate)
-            except BaseException:
-                self.accountant.history = before
-                raise
-            self._counted.append(_Counted(origins, z, rate))
-
-        return count
-
-    def _uncount(self, counted: _Counted) -> bool:
-        """Take a step back that the accountant has counted; false where it is no longer there."""
-        history = self.accountant.history
-        for i in reversed(range(len(history))):
-            noise_multiplier, rate, steps = history[i]
-            if (noise_multiplier, rate) == (counted.noise_multiplier, counted.sample_rate):
-                history[i : i + 1] = [(noise_multiplier, rate, steps - 1)] if steps > 1 else []
-                return True
-        return False
 
     def _select(self, grad_sample_mode: str) -> None:
         self._fused = grad_sample_mode == FUSED

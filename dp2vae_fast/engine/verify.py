@@ -236,7 +236,9 @@ class FirstBatch:
                         call.module(*args, **kwargs)
                 except Exception as error:
                     raise _CannotRepeat(f"a second run of {type(call.module).__name__} raises {error!r}") from error
-                outputs = [self._repeated[i] for i in call.tapped]
+                outputs = [x for i, x in enumerate(self._repeated) if i in call.tapped and isinstance(x, Tensor)]
+                if len(outputs) != len(call.tapped):
+                    raise _CannotRepeat(f"a second run of {type(call.module).__name__} returns something else")
                 for again, before in zip(outputs, call.outputs, strict=True):
                     size = float(before.abs().max()) if before.numel() else 0.0
                     same = 1e-2 if call.autocast()._enabled else _SAME.get(before.dtype, 1e-2)

@@ -1,0 +1,85 @@
+"""Tells an accountant of steps; several on one draw as the one mechanism that they are."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from opacus.accountants import IAccountant
+
+from .capture import Origin
+from .sampling import PoissonSampler
+
+
+def in_use(samplers: Sequence[PoissonSampler]) -> set[Origin]:
+    """The draws whose records the user has been given last."""
+    return {("draw", id(s), *s.in_use) for s in samplers if s.in_use is not None}
+
+
+class _Counted(NamedTuple):
+    """A step that the accountant was told of."""
+
+    origins: set[Origin]
+    noise_multiplier: float
+    sample_rate: float
+
+
+class StepCounter:
+    """Counts the steps of all optimizers of one engine.
+
+    A step on a draw of its own is a subsampled Gaussian mechanism. Several steps on one draw, of one optimizer or of
+    several, are not that each: together they are one Gaussian mechanism on that draw, whose noise multiplier is
+    ``(sum of z^-2)^(-1/2)``. So a step takes back the ones counted before it that share an origin with it.
+
+    Args:
+        accountant: gives the accountant.
+
+    Attributes:
+        samplers: of all loaders of the engine, whose draws have their own rate.
+    """
+
+    def __init__(self, accountant: Callable[[], IAccountant]) -> None:
+        self.samplers: list[PoissonSampler] = []
+        self._accountant = accountant
+        self._last: deque[_Counted] = deque(maxlen=64)  # steps that others may share a draw with
+
+    def forget(self) -> None:
+        """The history has become another: steps to come share no draw with it."""
+        self._last.clear()
+
+    def hook(self, sample_rate: float) -> Callable[[Any], None]:
+        """Step hook of an optimizer whose batches are drawn with ``sample_rate``."""
+
+        def count(optimizer: Any) -> None:
+            accountant, origins = self._accountant(), set(optimizer.origins)
+            z, rate = optimizer.noise_multiplier, min(1.0, sample_rate * optimizer.accumulated_iterations)
+            rate = max([rate, *(s.sample_rate for s in self.samplers if any(o[1] == id(s) for o in origins))])
+            before, last = list(accountant.history), list(self._last)
+            try:
+                for counted in [c for c in last if c.origins & origins]:
+                    self._last.remove(counted)
+                    if _take_back(accountant.history, counted):
+                        origins |= counted.origins
+                        other = counted.noise_multiplier
+                        z = 0.0 if 0.0 in (z, other) else 1.0 / math.hypot(1.0 / z, 1.0 / other)
+                        rate = max(rate, counted.sample_rate)
+                accountant.step(noise_multiplier=z, sample_rate=rate)
+            except BaseException:
+                accountant.history = before
+                self._last = deque(last, maxlen=self._last.maxlen)
+                raise
+            self._last.append(_Counted(origins, z, rate))
+
+        return count
+
+
+def _take_back(history: list[tuple[float, float, int]], counted: _Counted) -> bool:
+    """Remove one step from ``history``; false where it is no longer there."""
+    for i in reversed(range(len(history))):
+        noise_multiplier, rate, steps = history[i]
+        if (noise_multiplier, rate) == (counted.noise_multiplier, counted.sample_rate):
+            history[i : i + 1] = [(noise_multiplier, rate, steps - 1)] if steps > 1 else []
+            return True
+    return False
