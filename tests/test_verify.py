@@ -68,8 +68,10 @@ def test_what_mixes_or_moves_records_is_refused_before_the_first_step(name: str)
 
 def test_it_is_on_by_default_and_can_be_turned_off():
     private, optimizer = privatize(Wrong(BETWEEN["rows turned"]), verify_first_step=False)
-    record_loss(private(batch(8))).sum().backward()
-    optimizer.step()
+    for seed in range(3):
+        record_loss(private(batch(64, seed))).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def test_a_layer_on_something_as_long_as_the_batch():

@@ -362,7 +362,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 )
             capture.set_rows_per_record(rows_per_record)
         if not verify and not shared:
-            capture.first_batch.waiting = False
+            capture.first_batch.turn_off()
         if sum_dtype == torch.float32:
             capture.plan.exact_sums = False
 

@@ -143,8 +143,12 @@ class FirstBatch:
         if self._wanted and self._attempts < _ATTEMPTS and not self.proved.issuperset(parameters):
             self.waiting = True
 
-    def _give_up(self, reason: str) -> None:
+    def turn_off(self) -> None:
+        """Check nothing from now on."""
         self.waiting = self._wanted = False
+
+    def _give_up(self, reason: str) -> None:
+        self.turn_off()
         warnings.warn(
             f"the first batch's gradients could not be checked against autograd's: {reason}. Pass "
             "verify_first_step=False once you have checked them yourself",
