@@ -27,7 +27,7 @@ from .runs.folder import read_run
 from .trainer import Trainer, load_split, sampler
 from .vae.audit import CANARIES, write_audit
 from .vae.classifiers import EvaluationError
-from .vae.data import DataError, to_pixels
+from .vae.data import DataError, ImageData, to_pixels
 from .vae.evaluate import evaluate as evaluate_samples
 from .vae.fid import require_feature_network
 from .vae.figures import image_grid, write_png
@@ -142,10 +142,7 @@ def evaluate(
 ) -> None:
     """Measure a decoder's samples against the real images, and write metrics.json. Its figures are not private."""
     decoder = load_decoder(run)
-    known = {k: v for table in read_run(run)["config"].values() for k, v in table.items() if v is not None}
-    train_data, test_data = load_split(load_config(overrides=known | ({} if data is None else {"data": data})))
-    if train_data.sha256 != read_run(run)["data_sha256"]:
-        raise RunError(f"{train_data.name} does not hold the records of {run}: name the run's own data with --data")
+    _, (train_data, test_data) = _of_run(run, {} if data is None else {"data": data})
     with _err.status("measuring samples"):
         metrics = evaluate_samples(
             sampler(decoder, seed), train_data, test_data, samples=samples, features=features or ["cnn"], seed=seed
@@ -182,10 +179,7 @@ def audit(
     else:
         if recipe or config or set(chosen) - {"data", "seed", "device"}:
             raise ConfigError(f"{run} has its own configuration: only --data, --seed and --device can be changed")
-        known = {k: v for table in read_run(run)["config"].values() for k, v in table.items() if v is not None}
-        complete = load_config(overrides=known | chosen)
-        if load_split(complete)[0].sha256 != read_run(run)["data_sha256"]:
-            raise RunError(f"{complete.data.data} does not hold the records of {run}: name the run's data with --data")
+        complete, _ = _of_run(run, chosen)
     with _Bars() as bars:
         checks = Trainer(config=complete, observer=bars.hear).audit(canaries)
     if run is not None:
@@ -300,6 +294,18 @@ def _print_backends() -> None:
     _out.print(table)
     for number, reason in enumerate(reasons, 1):
         _out.print(f"({number}) {reason}", highlight=False, soft_wrap=True)
+
+
+def _of_run(run: Path, changes: dict[str, Any]) -> tuple[Config, tuple[ImageData, ImageData]]:
+    """The configuration of a run with ``changes``, and its training and held-out records; raises ``RunError`` where the
+    training records are not the run's."""
+    known = read_run(run)
+    settings = {k: v for table in known["config"].values() for k, v in table.items() if v is not None}
+    complete = load_config(overrides=settings | changes)
+    split = load_split(complete)
+    if split[0].sha256 != known["data_sha256"]:
+        raise RunError(f"{split[0].name} does not hold the records of {run}: name the run's own data with --data")
+    return complete, split
 
 
 def _print_checks(checks: Sequence[Check]) -> None:

@@ -7,7 +7,7 @@ the sum, how much of the noise is left for that sum, and what is the bound of th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,14 +87,28 @@ class FlatClipping:
             scale: what the captured gradients must be multiplied with to be those of one record's loss.
             mask: bool ``[N]``, False for padding, whose weight is 0.
         """
-        return dict.fromkeys(gradients, self._of_group(list(gradients.values()), max_grad_norm, scale, mask))
+        found: dict[Any, Tensor] = {}
+        for own, bound in self._groups(gradients, max_grad_norm):
+            norm_sq, error = bounded_norms(list(own.values()), self._harmless(bound / scale))
+            if not self.count_rounding:
+                error = torch.zeros_like(error)
+            factors = self._rule(norm_sq, error, bound, scale)
+            if mask is not None:
+                factors = torch.where(mask.to(factors.device), factors, 0.0)
+            self._note(factors, scale, mask)
+            found |= dict.fromkeys(own, factors)
+        return found
 
-    def _of_group(self, gradients: list[Gradient], bound: float, scale: float, mask: Tensor | None) -> Tensor:
-        norm_sq, error = bounded_norms(gradients, self._harmless(bound / scale))
-        if not self.count_rounding:
-            error = torch.zeros_like(error)
-        factors = self._rule(norm_sq, error, bound, scale)
-        return factors if mask is None else torch.where(mask.to(factors.device), factors, 0.0)
+    # What a mode may do differently.
+
+    def _groups(
+        self, gradients: Mapping[Any, Gradient], max_grad_norm: float
+    ) -> Iterable[tuple[Mapping[Any, Gradient], float]]:
+        """Gradients that are clipped together, and their bound."""
+        return [(gradients, max_grad_norm)]
+
+    def _note(self, factors: Tensor, scale: float, mask: Tensor | None) -> None:
+        """Add to ``count`` what the records of a batch, ``scale`` times a factor of at most 1 each, add to it."""
 
     def _harmless(self, bound: float) -> float:
         """Norm up to which a record's factor does not depend on its norm."""
@@ -102,8 +116,6 @@ class FlatClipping:
 
     def _rule(self, norm_sq: Tensor, error: Tensor, bound: float, scale: float) -> Tensor:
         return scale * ops.clip_factors(norm_sq, error, bound / scale)
-
-    # For modes that spend a part of the noise elsewhere or move the bound; nothing to do for the others.
 
     def gradient_noise_multiplier(self, noise_multiplier: float) -> float:
         """Noise multiplier left for the sum of gradients, where a whole step may spend ``noise_multiplier``."""
@@ -115,6 +127,7 @@ class FlatClipping:
 
     def forget(self) -> None:
         """The pending sum was dropped: drop what belongs to it."""
+        self.count = 0.0
 
 
 @dataclass
@@ -194,13 +207,9 @@ class GroupClipping(FlatClipping):
             return cls(groups=each, bounds=[float(b) for b in bounds], **options)
         return cls(groups=each, bounds=[bounds / math.sqrt(len(names))] * len(names), **options)
 
-    def factors(
-        self,
-        gradients: Mapping[Any, Gradient],
-        max_grad_norm: float,
-        scale: float = 1.0,
-        mask: Tensor | None = None,
-    ) -> dict[Any, Tensor]:
+    def _groups(
+        self, gradients: Mapping[Any, Gradient], max_grad_norm: float
+    ) -> Iterable[tuple[Mapping[Any, Gradient], float]]:
         members: dict[int, dict[Any, Gradient]] = {}
         for parameter, gradient in gradients.items():
             if parameter not in self.groups:
@@ -209,11 +218,9 @@ class GroupClipping(FlatClipping):
                     "module private with all parameters that will be trained"
                 )
             members.setdefault(self.groups[parameter], {})[parameter] = gradient
-        found: dict[Any, Tensor] = {}
         for group, own in members.items():
             share = self.bounds[group] / self.max_grad_norm * (1 - 2.0**-50)  # rounding included
-            found |= dict.fromkeys(own, self._of_group(list(own.values()), share * max_grad_norm, scale, mask))
-        return found
+            yield own, share * max_grad_norm
 
 
 @dataclass
@@ -250,18 +257,9 @@ class AdaptiveClipping(FlatClipping):
         if not 0.0 < self.count_noise < math.inf:
             raise ValueError(f"unclipped_num_std is {self.count_noise}: it must be positive and finite")
 
-    def factors(
-        self,
-        gradients: Mapping[Any, Gradient],
-        max_grad_norm: float,
-        scale: float = 1.0,
-        mask: Tensor | None = None,
-    ) -> dict[Any, Tensor]:
-        found = super().factors(gradients, max_grad_norm, scale, mask)
-        factors = next(iter(found.values()))
+    def _note(self, factors: Tensor, scale: float, mask: Tensor | None) -> None:
         unclipped = int((factors >= scale).sum())
         self.count += unclipped - 0.5 * (len(factors) if mask is None else int(mask.sum()))
-        return found
 
     def gradient_noise_multiplier(self, noise_multiplier: float) -> float:
         if noise_multiplier == 0.0:
@@ -282,6 +280,3 @@ class AdaptiveClipping(FlatClipping):
         fraction = float(count) / records + 0.5
         moved = max_grad_norm * math.exp(-self.learning_rate * (fraction - self.target_quantile))
         return min(max(moved, self.smallest), self.largest)
-
-    def forget(self) -> None:
-        self.count = 0.0
