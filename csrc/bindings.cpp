@@ -18,6 +18,15 @@ STABLE_TORCH_LIBRARY_IMPL(dp2vae_fast, CPU, library) {
   library.impl("add_noise_", TORCH_BOX(&dp2vae::add_noise_));
   library.impl("noise_sgd_", TORCH_BOX(&dp2vae::noise_sgd_));
   library.impl("noise_adam_", TORCH_BOX(&dp2vae::noise_adam_));
+  library.impl("linear_norm_sq", TORCH_BOX(&dp2vae::linear_norm_sq));
+  library.impl("conv_norm_sq", TORCH_BOX(&dp2vae::conv_norm_sq));
+  library.impl("linear_kept", TORCH_BOX(&dp2vae::linear_kept));
+  library.impl("linear_direct_norm_sq", TORCH_BOX(&dp2vae::linear_direct_norm_sq));
+  library.impl("linear_weighted_sum", TORCH_BOX(&dp2vae::linear_weighted_sum));
+  library.impl("conv_kept", TORCH_BOX(&dp2vae::conv_kept));
+  library.impl("conv_direct_norm_sq", TORCH_BOX(&dp2vae::conv_direct_norm_sq));
+  library.impl("conv_weighted_sum", TORCH_BOX(&dp2vae::conv_weighted_sum));
+  library.impl("kept_weighted_sum", TORCH_BOX(&dp2vae::kept_weighted_sum));
 }
 
 namespace {
@@ -46,7 +55,7 @@ py::bytes chacha20_block(const py::bytes& key, uint32_t counter, const py::bytes
 
 py::tuple box_muller(uint32_t radius_word, uint32_t tail_word, uint32_t angle_word) {
   float pair[2];
-  if (!dp2vae::kernels_in_use().box_muller(radius_word, tail_word, angle_word, pair))
+  if (!dp2vae::noise_kernels_in_use().box_muller(radius_word, tail_word, angle_word, pair))
     throw std::runtime_error("the lanes of a vector disagree");
   return py::make_tuple(pair[0], pair[1]);
 }

@@ -4,11 +4,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 namespace dp2vae {
 
 using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
 
 Tensor random_words(const Tensor& key, const Tensor& step, int64_t mechanism, int64_t domain, int64_t index,
                     int64_t n);
@@ -26,5 +28,23 @@ void noise_adam_(std::vector<Tensor> params, std::vector<Tensor> sums, std::vect
                  const Tensor& step, int64_t mechanism, std::vector<int64_t> indices, double std,
                  double scale, int64_t optimizer_step, double lr, double beta1, double beta2, double eps,
                  double weight_decay, bool decoupled, bool maximize);
+
+std::tuple<Tensor, Tensor, Tensor> linear_kept(const Tensor& activations, const Tensor& backprops);
+std::tuple<Tensor, Tensor> linear_direct_norm_sq(const Tensor& activations, const Tensor& backprops);
+Tensor linear_weighted_sum(const Tensor& activations, const Tensor& backprops, const Tensor& factors);
+std::tuple<Tensor, Tensor, Tensor> conv_kept(const Tensor& activations, const Tensor& backprops,
+                                             Ints weight_shape, Ints stride, Ints padding, Ints dilation,
+                                             int64_t groups, bool transposed);
+std::tuple<Tensor, Tensor> conv_direct_norm_sq(const Tensor& activations, const Tensor& backprops,
+                                               Ints weight_shape, Ints stride, Ints padding, Ints dilation,
+                                               int64_t groups, bool transposed);
+Tensor conv_weighted_sum(const Tensor& activations, const Tensor& backprops, const Tensor& factors,
+                         Ints weight_shape, Ints stride, Ints padding, Ints dilation, int64_t groups,
+                         bool transposed);
+std::tuple<Tensor, Tensor> linear_norm_sq(const Tensor& activations, const Tensor& backprops);
+std::tuple<Tensor, Tensor> conv_norm_sq(const Tensor& activations, const Tensor& backprops, Ints weight_shape,
+                                        Ints stride, Ints padding, Ints dilation, int64_t groups,
+                                        bool transposed);
+Tensor kept_weighted_sum(const Tensor& values, const Tensor& factors);
 
 }  // namespace dp2vae

@@ -223,7 +223,7 @@ def incoherent(positions: int, records: int = 4) -> list[Gradient]:
     """Gradients whose positions share nothing, whose Gram error bound is T times as large as need be."""
     torch.manual_seed(1)
     side = math.isqrt(positions)
-    geometry = ConvGeometry((8, 6, 1, 1), (1, 1), (0, 0), (1, 1), (0, 0), 1, False)
+    geometry = ConvGeometry((8, 6, 1, 1), (1, 1), (0, 0), (1, 1), 1, False)
     maps = torch.randn(records, 6, side, side), torch.randn(records, 8, side, side)
     return [
         LinearProduct(torch.randn(records, positions, 6), torch.randn(records, positions, 8)),
@@ -240,7 +240,7 @@ def test_what_float32_cannot_bound_is_taken_again(positions: int, kind: int):
     exact = gradient.in_float64(torch.arange(4)).grad_sample().flatten(1).square().sum(1)
     assert bool((exact <= (norm_sq + error)[0].double()).all())
     assert bool((norm_sq + error <= 1.02 * exact).all())  # at most 1 % of the norm too short
-    assert bool((rough_error > 0.01 * rough_sq).all()) == (positions > 64)
+    assert bool((rough_error > 0.01 * rough_sq).any()) == (positions > 64)
 
 
 def test_a_record_is_taken_again_for_what_it_is_itself():

@@ -18,9 +18,15 @@ namespace dp2vae {
 std::vector<std::string> isas();
 
 // The one in use: the best, unless another was selected.
-const char* isa();
+const std::string& isa();
 
 // Use the named instruction set from now on; false where it is not one of isas(). For tests.
 bool select_isa(const std::string& name);
+
+// Of a table that every instruction set has one of, that of the one in use.
+template <class Table>
+const Table& in_use(const Table& portable, const Table& avx2, const Table& avx512) {
+  return isa() == "avx512" ? avx512 : isa() == "avx2" ? avx2 : portable;
+}
 
 }  // namespace dp2vae

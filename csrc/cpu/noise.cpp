@@ -27,24 +27,6 @@ using Tensors = std::vector<Tensor>;
 constexpr int64_t kWordLimit = int64_t{1} << 32;
 constexpr int64_t kGrain = 64;  // superblocks: 10 to 25 microseconds of work
 
-// Best first.
-std::vector<const NoiseKernels*> usable_kernels() {
-  std::vector<const NoiseKernels*> usable;
-#if DP2VAE_HAS_X86_BUILDS
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    usable.push_back(&avx512::noise_kernels);
-  if (__builtin_cpu_supports("avx2")) usable.push_back(&avx2::noise_kernels);
-#endif
-  usable.push_back(&portable::noise_kernels);
-  return usable;
-}
-
-const NoiseKernels*& kernels() {
-  static const NoiseKernels* chosen = usable_kernels().front();
-  return chosen;
-}
-
 Draw make_draw(const Tensor& key, const Tensor& step, int64_t mechanism, int64_t domain) {
   STD_TORCH_CHECK(key.is_cpu() && key.scalar_type() == ScalarType::Int && key.dim() == 1 && key.numel() == 8,
                   "key: expected an int32 CPU tensor of 8 words");
@@ -140,23 +122,12 @@ T* pointer(const Tensors& tensors, size_t i) {
 
 }  // namespace
 
-std::vector<std::string> isas() {
-  std::vector<std::string> names;
-  for (const NoiseKernels* usable : usable_kernels()) names.push_back(usable->name);
-  return names;
-}
-
-const char* isa() { return kernels()->name; }
-
-const NoiseKernels& kernels_in_use() { return *kernels(); }
-
-bool select_isa(const std::string& name) {
-  for (const NoiseKernels* usable : usable_kernels())
-    if (usable->name == name) {
-      kernels() = usable;
-      return true;
-    }
-  return false;
+const NoiseKernels& noise_kernels_in_use() {
+#if DP2VAE_HAS_X86_BUILDS
+  return in_use(portable::noise_kernels, avx2::noise_kernels, avx512::noise_kernels);
+#else
+  return portable::noise_kernels;
+#endif
 }
 
 Tensor random_words(const Tensor& key, const Tensor& step, int64_t mechanism, int64_t domain, int64_t index,
@@ -167,7 +138,7 @@ Tensor random_words(const Tensor& key, const Tensor& step, int64_t mechanism, in
   draw.nonce[2] = static_cast<uint32_t>(index);
   Tensor out = torch::stable::new_empty(key, {n});
   auto* words = static_cast<uint32_t*>(out.mutable_data_ptr());
-  const auto kernel = kernels()->random_words;
+  const auto kernel = noise_kernels_in_use().random_words;
   torch::stable::parallel_for(0, (n + 15) / 16, 8 * kGrain,
                               [&](int64_t begin, int64_t end) { kernel(draw, n, begin, end, words); });
   return out;
@@ -176,8 +147,9 @@ Tensor random_words(const Tensor& key, const Tensor& step, int64_t mechanism, in
 void add_noise_(Tensors tensors, const Tensor& key, const Tensor& step, int64_t mechanism,
                 std::vector<int64_t> indices, double std) {
   check_list("tensors", tensors, tensors);
-  update_all<AddNoise>(tensors, make_draw(key, step, mechanism, 0), indices, kernels()->add_noise_float,
-                       kernels()->add_noise_double, [&](auto zero, size_t i) {
+  update_all<AddNoise>(tensors, make_draw(key, step, mechanism, 0), indices,
+                       noise_kernels_in_use().add_noise_float, noise_kernels_in_use().add_noise_double,
+                       [&](auto zero, size_t i) {
                          using T = decltype(zero);
                          return AddNoise<T>{pointer<T>(tensors, i), static_cast<T>(std)};
                        });
@@ -191,8 +163,8 @@ void noise_sgd_(Tensors params, Tensors sums, Tensors momentum_buffers, const Te
   check_list("sums", sums, params);
   if (momentum != 0 || !momentum_buffers.empty()) check_list("momentum_buffers", momentum_buffers, params);
   if (momentum == 0) momentum_buffers.clear();
-  update_all<Sgd>(params, make_draw(key, step, mechanism, 0), indices, kernels()->sgd_float,
-                  kernels()->sgd_double, [&](auto zero, size_t i) {
+  update_all<Sgd>(params, make_draw(key, step, mechanism, 0), indices, noise_kernels_in_use().sgd_float,
+                  noise_kernels_in_use().sgd_double, [&](auto zero, size_t i) {
                     using T = decltype(zero);
                     Sgd<T> update{};
                     update.param = pointer<T>(params, i);
@@ -221,8 +193,8 @@ void noise_adam_(Tensors params, Tensors sums, Tensors exp_avgs, Tensors exp_avg
   if (!max_exp_avg_sqs.empty()) check_list("max_exp_avg_sqs", max_exp_avg_sqs, params);
   STD_TORCH_CHECK(optimizer_step >= 1, "optimizer_step is ", optimizer_step, ", expected 1 or more");
   const double steps = static_cast<double>(optimizer_step);
-  update_all<Adam>(params, make_draw(key, step, mechanism, 0), indices, kernels()->adam_float,
-                   kernels()->adam_double, [&](auto zero, size_t i) {
+  update_all<Adam>(params, make_draw(key, step, mechanism, 0), indices, noise_kernels_in_use().adam_float,
+                   noise_kernels_in_use().adam_double, [&](auto zero, size_t i) {
                      using T = decltype(zero);
                      Adam<T> update{};
                      update.param = pointer<T>(params, i);

@@ -46,7 +46,6 @@ using Kernel = void (*)(const Draw& draw, int64_t n, int64_t first, int64_t end,
 
 // The kernels of one instruction set.
 struct NoiseKernels {
-  const char* name;
   // Words of ChaCha20 blocks [first, end), in keystream order, cut off at n words.
   void (*random_words)(const Draw& draw, int64_t n, int64_t first, int64_t end, uint32_t* out);
   // The two normals of one word triple; false where the lanes of a vector disagree.
@@ -70,6 +69,6 @@ extern const NoiseKernels noise_kernels;
 }
 
 // Those in use.
-const NoiseKernels& kernels_in_use();
+const NoiseKernels& noise_kernels_in_use();
 
 }  // namespace dp2vae

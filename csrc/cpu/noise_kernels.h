@@ -187,10 +187,8 @@ void random_words(const Draw& draw, int64_t n, int64_t first, int64_t end, uint3
   }
 }
 
-#define DP2VAE_NAME_(isa) #isa
-#define DP2VAE_NAME(isa) DP2VAE_NAME_(isa)
-extern const NoiseKernels noise_kernels = {DP2VAE_NAME(DP2VAE_ISA), random_words,          box_muller_of,
-                                           run<AddNoise<float>>,    run<AddNoise<double>>, run<Sgd<float>>,
-                                           run<Sgd<double>>,        run<Adam<float>>,      run<Adam<double>>};
+extern const NoiseKernels noise_kernels = {random_words,          box_muller_of,    run<AddNoise<float>>,
+                                           run<AddNoise<double>>, run<Sgd<float>>,  run<Sgd<double>>,
+                                           run<Adam<float>>,      run<Adam<double>>};
 
 }  // namespace dp2vae::DP2VAE_ISA

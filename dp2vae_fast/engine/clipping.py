@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops.norm import product_depth
 from .gradients import Gradient, Kept
 from .keystream import Stream
 from .precision import STILL_COUNTED
@@ -46,9 +47,12 @@ def bounded_norms(gradients: Sequence[Gradient], harmless: float = 0.0) -> tuple
         again = (loose & (error[row] > _LOOSE / len(gradients) * total)).nonzero().flatten()
         for records in again.split(max(1, _GRAM_NUMBERS // gradient.cost().positions ** 2)) if len(again) else ():
             exact, exact_error = gradient.in_float64(records).norm_sq()
-            error[row, records] = torch.maximum(
-                STILL_COUNTED * error[row, records], (exact_error + 2.0**-23 * exact).to(dtype)
-            )
+            rough = error[row, records].double()
+            # What will be added up is multiplied in float32, and that much longer than the exact gradient: the roundings
+            # of the product, twice, were counted in `rough`.
+            longer = (0.5 * 2.0**-24 * (product_depth(gradient.cost().positions) + 1) * rough).sqrt()
+            bound = exact_error + 2.0**-23 * exact + longer * (2 * exact.sqrt() + longer)
+            error[row, records] = torch.maximum(STILL_COUNTED * rough, bound).to(dtype)
             norm_sq[row, records] = exact.to(dtype)
     return norm_sq, error
 

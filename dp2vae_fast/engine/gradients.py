@@ -39,20 +39,20 @@ class Gradient(Protocol):
         """The gradients themselves, ``[N, *parameter shape]``, in float32 or wider."""
         ...
 
+    def kept(self) -> Kept:
+        """Formed and kept, with their norms."""
+        ...
+
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """``sum_n factors[n] gradient[n]``, of the parameter's shape, in float32 or wider.
 
-        ``dtype``: in which products over several positions are multiplied and added up; sums over records alone are
-        formed in parts (:mod:`.precision`).
+        Records of factor zero contribute exactly zero, whatever they hold. ``dtype``: float64 for sums whose rounding
+        :mod:`.precision` bounds; float32 leaves products over several positions to the vendor library.
         """
         ...
 
     def in_float64(self, records: Tensor) -> Gradient:
         """The given records (indices) alone, with operands in float64."""
-        ...
-
-    def without(self, records: Tensor) -> Gradient:
-        """The same with the given records (bool ``[N]``) set to exactly zero, whatever they held."""
         ...
 
     def fold(self, rows_per_record: int) -> Gradient:
@@ -74,24 +74,25 @@ class Cost:
     positions: int = 1  # T, over which a product sums
 
 
-def _zeroed(x: Tensor, records: Tensor) -> Tensor:
-    return x.masked_fill(records.reshape(-1, *[1] * (x.dim() - 1)), 0)
+def _zeroed(x: Tensor, factors: Tensor) -> Tensor:
+    """``x`` with records of factor zero set to zero: 0 * inf is NaN."""
+    dropped = factors == 0
+    return x.masked_fill(dropped.reshape(-1, *[1] * (x.dim() - 1)), 0) if bool(dropped.any()) else x
 
 
-def _scaled(x: Tensor, factors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    x = ops.widen(x) if dtype is None else x.to(torch.promote_types(dtype, x.dtype))
-    return x * factors.reshape(-1, *[1] * (x.dim() - 1))
+def _scaled(x: Tensor, factors: Tensor) -> Tensor:
+    return ops.widen(_zeroed(x, factors)) * factors.reshape(-1, *[1] * (x.dim() - 1))
 
 
-def _in_parts(factors: Tensor, values: Tensor) -> Tensor:
-    """``factors^T values`` for ``[N, P]`` and ``[N, D]``, in parts of few records; many parts are added in float64."""
+def _in_parts(left: Tensor, right: Tensor) -> Tensor:
+    """``left^T right`` for ``[N, P]`` and ``[N, D]``, in parts of few records; many parts are added in float64."""
     total: Tensor | None = None
-    for left, right in zip(factors.split(_ROWS), values.split(_ROWS), strict=True):
-        block: Tensor | None = None
-        for few, same in zip(left.split(RECORDS_PER_PART), right.split(RECORDS_PER_PART), strict=True):
-            part = few.T @ same
-            block = part if block is None else block.add_(part)
-        assert block is not None
+    for left, right in zip(left.split(_ROWS), right.split(_ROWS), strict=True):
+        parts = zip(left.split(RECORDS_PER_PART), right.split(RECORDS_PER_PART), strict=True)
+        few, same = next(parts)
+        block = few.T @ same
+        for few, same in parts:
+            block.addmm_(few.T, same)
         total = block if total is None else total.double().add_(block)
     assert total is not None
     return total
@@ -99,30 +100,35 @@ def _in_parts(factors: Tensor, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kept:
-    """Gradients that were formed: ``values [N, *shape]``."""
+    """Gradients that were formed: ``values [N, *shape]``, and their ``norms`` where whoever formed them took them."""
 
     values: Tensor
+    norms: tuple[Tensor, Tensor] | None = None
 
     @property
     def records(self) -> int:
         return self.values.shape[0]
 
     def norm_sq(self) -> tuple[Tensor, Tensor]:
-        return ops.grad_sample_norm_sq(self.values)
+        return self.norms or ops.grad_sample_norm_sq(self.values)
+
+    def kept(self) -> Kept:
+        return self
 
     def grad_sample(self) -> Tensor:
         return ops.widen(self.values)
 
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         values = self.grad_sample()
-        flat = values.reshape(self.records, math.prod(values.shape[1:]))
-        return _in_parts(factors.to(values.dtype).unsqueeze(1), flat).reshape(values.shape[1:])
+        # In the order in which they lie in memory: convolutions keep channels last.
+        order = sorted(range(1, values.dim()), key=lambda d: -values.stride(d))
+        lying = values.permute(0, *order)
+        flat = lying.reshape(self.records, math.prod(values.shape[1:]))
+        total = ops.kept_weighted_sum(flat, factors.to(values.dtype)).reshape(lying.shape[1:])
+        return total.permute([order.index(d) for d in range(1, values.dim())])
 
     def in_float64(self, records: Tensor) -> Kept:
         return Kept(self.values[records].double())
-
-    def without(self, records: Tensor) -> Kept:
-        return Kept(_zeroed(self.values, records))
 
     def fold(self, rows_per_record: int) -> Kept:
         return Kept(self.grad_sample().unflatten(0, (-1, rows_per_record)).sum(1))
@@ -134,32 +140,40 @@ class Kept:
 
 @dataclass(frozen=True)
 class LinearProduct:
-    """Weight gradient of a linear layer: activations ``[N, T, D]``, backprops ``[N, T, P]``."""
+    """Weight gradient of a linear layer: activations ``[N, T, D]``, backprops ``[N, T, P]``.
+
+    ``direct``: norms are taken by forming each gradient and forgetting it.
+    """
 
     activations: Tensor
     backprops: Tensor
+    direct: bool = False
 
     @property
     def records(self) -> int:
         return self.activations.shape[0]
 
     def norm_sq(self) -> tuple[Tensor, Tensor]:
-        return ops.linear_norm_sq(self.activations, self.backprops)
+        norm_sq = ops.linear_direct_norm_sq if self.direct else ops.linear_norm_sq
+        return norm_sq(self.activations, self.backprops)
+
+    def kept(self) -> Kept:
+        values, *norms = ops.linear_kept(self.activations, self.backprops)
+        return Kept(values, (norms[0], norms[1]))
 
     def grad_sample(self) -> Tensor:
-        return ops.linear_grad_sample(self.activations, self.backprops)
+        return self.kept().values
 
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         one_position = self.activations.shape[1] == 1
-        backprops = _scaled(self.backprops, factors, None if one_position else dtype).flatten(0, 1)
-        activations = self.activations.flatten(0, 1).to(backprops.dtype)
+        if not one_position and dtype == torch.float64:
+            return ops.linear_weighted_sum(self.activations, self.backprops, factors)
+        backprops = _scaled(self.backprops, factors).flatten(0, 1)
+        activations = _zeroed(self.activations, factors).flatten(0, 1).to(backprops.dtype)
         return _in_parts(backprops, activations) if one_position else backprops.T @ activations
 
     def in_float64(self, records: Tensor) -> LinearProduct:
         return LinearProduct(self.activations[records].double(), self.backprops[records].double())
-
-    def without(self, records: Tensor) -> LinearProduct:
-        return LinearProduct(_zeroed(self.activations, records), _zeroed(self.backprops, records))
 
     def fold(self, rows_per_record: int) -> LinearProduct:
         def joined(x: Tensor) -> Tensor:
@@ -180,62 +194,55 @@ class ConvGeometry:
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
-    output_padding: tuple[int, ...]
     groups: int
     transposed: bool
+
+    def arguments(self) -> tuple[list[int], list[int], list[int], list[int], int, bool]:
+        """As the ops take them."""
+        lists = (list(self.weight_shape), list(self.stride), list(self.padding), list(self.dilation))
+        return (*lists, self.groups, self.transposed)
 
 
 @dataclass(frozen=True)
 class ConvProduct:
-    """Weight gradient of a convolution: activations ``[N, C_in, *in]``, backprops ``[N, C_out, *out]``."""
+    """Weight gradient of a convolution: activations ``[N, C_in, *in]``, backprops ``[N, C_out, *out]``.
+
+    ``direct``: norms are taken by forming each gradient and forgetting it.
+    """
 
     activations: Tensor
     backprops: Tensor
     geometry: ConvGeometry
+    direct: bool = False
 
     @property
     def records(self) -> int:
         return self.activations.shape[0]
 
-    def _arguments(self) -> tuple[Tensor, Tensor, list[int], list[int], list[int], list[int], int, bool]:
-        g = self.geometry
-        lists = (list(g.weight_shape), list(g.stride), list(g.padding), list(g.dilation))
-        return (self.activations, self.backprops, *lists, g.groups, g.transposed)
-
     def norm_sq(self) -> tuple[Tensor, Tensor]:
-        return ops.conv_norm_sq(*self._arguments())
+        norm_sq = ops.conv_direct_norm_sq if self.direct else ops.conv_norm_sq
+        return norm_sq(self.activations, self.backprops, *self.geometry.arguments())
+
+    def kept(self) -> Kept:
+        values, *norms = ops.conv_kept(self.activations, self.backprops, *self.geometry.arguments())
+        return Kept(values, (norms[0], norms[1]))
 
     def grad_sample(self) -> Tensor:
-        return ops.conv_grad_sample(*self._arguments())
+        return self.kept().values
 
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        backprops, g = _scaled(self.backprops, factors, dtype), self.geometry
-        if self.records == 0:
-            return backprops.new_zeros(g.weight_shape)
-        weight = backprops.new_empty(1).expand(g.weight_shape)  # only its shape is read
-        _, gradient, _ = torch.ops.aten.convolution_backward(
-            backprops,
-            self.activations.to(backprops.dtype),
-            weight,
-            None,
-            list(g.stride),
-            list(g.padding),
-            list(g.dilation),
-            g.transposed,
-            list(g.output_padding),
-            g.groups,
-            [False, True, False],
-        )
-        return gradient
+        how = self.geometry.arguments()
+        if dtype == torch.float64:
+            return ops.conv_weighted_sum(self.activations, self.backprops, factors, *how)
+        backprops = _scaled(self.backprops, factors)
+        activations = _zeroed(self.activations, factors).to(backprops.dtype)
+        return ops.conv_weight_gradient(activations, backprops, *how)
 
     def in_float64(self, records: Tensor) -> ConvProduct:
         return replace(self, activations=self.activations[records].double(), backprops=self.backprops[records].double())
 
-    def without(self, records: Tensor) -> ConvProduct:
-        return replace(self, activations=_zeroed(self.activations, records), backprops=_zeroed(self.backprops, records))
-
     def fold(self, rows_per_record: int) -> Kept:
-        return Kept(self.grad_sample()).fold(rows_per_record)
+        return self.kept().fold(rows_per_record)
 
     def cost(self) -> Cost:
         g = self.geometry
@@ -264,6 +271,9 @@ class EmbeddingProduct:
     def norm_sq(self) -> tuple[Tensor, Tensor]:
         return ops.embedding_norm_sq(self.indices, self.backprops, self.padding_idx)
 
+    def kept(self) -> Kept:
+        return Kept(self.grad_sample())
+
     def grad_sample(self) -> Tensor:
         backprops = ops.widen(self.backprops)
         dense = backprops.new_zeros(self.records, self.entries, backprops.shape[2])
@@ -271,14 +281,11 @@ class EmbeddingProduct:
         return dense.scatter_add_(1, self.indices.unsqueeze(2).expand_as(backprops), kept)
 
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        backprops = _scaled(self.backprops, factors, dtype)
+        backprops = _scaled(self.backprops, factors).to(torch.promote_types(dtype, self.backprops.dtype))
         return torch.ops.aten.embedding_dense_backward(backprops, self.indices, self.entries, self.padding_idx, False)
 
     def in_float64(self, records: Tensor) -> EmbeddingProduct:
         return replace(self, indices=self.indices[records], backprops=self.backprops[records].double())
-
-    def without(self, records: Tensor) -> EmbeddingProduct:
-        return replace(self, backprops=_zeroed(self.backprops, records))
 
     def fold(self, rows_per_record: int) -> EmbeddingProduct:
         def joined(x: Tensor) -> Tensor:

@@ -94,13 +94,7 @@ def conv_rule(layer: Conv, activations: Tensor, backprops: Tensor) -> dict[str, 
         padding = 0
     shape, stride = tuple(layer.weight.shape), ops.per_dim(layer.stride, dims, "stride")
     padding, dilation = ops.per_dim(padding, dims, "padding"), ops.per_dim(layer.dilation, dims, "dilation")
-    output_padding = [0] * dims
-    if layer.transposed:  # from the output, as forward(x, output_size) overrides the layer's own
-        sizes = zip(activations.shape[2:], backprops.shape[2:], shape[2:], stride, padding, dilation, strict=True)
-        output_padding = [o - ((i - 1) * s - 2 * p + d * (k - 1) + 1) for i, o, k, s, p, d in sizes]
-    geometry = ConvGeometry(
-        shape, tuple(stride), tuple(padding), tuple(dilation), tuple(output_padding), layer.groups, layer.transposed
-    )
+    geometry = ConvGeometry(shape, tuple(stride), tuple(padding), tuple(dilation), layer.groups, layer.transposed)
     bias = ops.widen(backprops).flatten(2).sum(2)
     return {"weight": ConvProduct(activations, backprops, geometry), "bias": bias}
 

@@ -167,13 +167,8 @@ class DPOptimizer(OpacusDPOptimizer):
         scale = records if self.loss_reduction == "mean" else 1  # undo the mean's division by this batch's own size
         factors = self.clipping.factors(used, self.max_grad_norm, scale, mask)
         self._bound = max(self._bound, self.clipping.sensitivity(self.max_grad_norm))
-        dropped = {id(f): f == 0 for f in factors.values()}
-        dropped = {key: records for key, records in dropped.items() if bool(records.any())}
         for p, g in used.items():
-            f = factors[p]
-            if id(f) in dropped:  # 0 * inf is NaN: what is dropped must be zero before it is weighted
-                g = g.without(dropped[id(f)])
-            weighted = g.weighted_sum(f, self.sum_dtype)
+            weighted = g.weighted_sum(factors[p], self.sum_dtype)
             pending = self._sums.get(p)
             self._sums[p] = weighted if pending is None else pending.double().add_(weighted)
 

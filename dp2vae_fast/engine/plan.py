@@ -61,7 +61,7 @@ class Plan:
         choice = self.choices.get(parameter)
         if choice is None or choice.cost != gradient.cost():
             choice = self.choices[parameter] = self._choose(parameter, gradient.cost())
-        return Kept(gradient.grad_sample()) if choice.method == "kept" else gradient
+        return gradient.kept() if choice.method == "kept" else gradient
 
     def _choose(self, parameter: str, c: Cost) -> Choice:
         product = c.form * (_WIDE if c.positions > 1 and self.exact_sums else 1.0)

@@ -8,14 +8,22 @@ import torch
 
 from dp2vae_fast.ops._op import backend, backends_table, load_triton
 from dp2vae_fast.ops.clip import clip_factors, normalize_factors
+from dp2vae_fast.ops.gradient import (
+    conv_direct_norm_sq,
+    conv_kept,
+    conv_weight_gradient,
+    conv_weighted_sum,
+    kept_weighted_sum,
+    linear_direct_norm_sq,
+    linear_kept,
+    linear_weighted_sum,
+)
 from dp2vae_fast.ops.noise import add_noise_, noise_adam_, noise_sgd_, random_words
 from dp2vae_fast.ops.norm import (
     affine_grad_sample,
-    conv_grad_sample,
     conv_norm_sq,
     embedding_norm_sq,
     grad_sample_norm_sq,
-    linear_grad_sample,
     linear_norm_sq,
     per_dim,
     widen,
@@ -27,12 +35,18 @@ __all__ = [
     "backend",
     "backends_table",
     "clip_factors",
-    "conv_grad_sample",
+    "conv_direct_norm_sq",
+    "conv_kept",
     "conv_norm_sq",
+    "conv_weight_gradient",
+    "conv_weighted_sum",
     "embedding_norm_sq",
     "grad_sample_norm_sq",
-    "linear_grad_sample",
+    "kept_weighted_sum",
+    "linear_direct_norm_sq",
+    "linear_kept",
     "linear_norm_sq",
+    "linear_weighted_sum",
     "noise_adam_",
     "noise_sgd_",
     "normalize_factors",

@@ -30,7 +30,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import op
@@ -39,6 +38,22 @@ _ROUNDOFF = {"bf16": 2.0**-8, "tf32": 2.0**-11}
 # Ratio by which `error` exceeds the first-order bound: covers the rounding of the error term itself, whose own
 # relative error is far below one per cent at any length for which the bound is of use.
 _MARGIN = 1.02
+_CHUNK = 64  # positions that the native kernels add up in one accumulator (csrc/cpu/product.h)
+
+
+def product_depth(positions: int) -> int:
+    """Float32 roundings that a term of one record's product over T positions passes through at most, however
+    :mod:`.gradient` forms it."""
+    return positions if positions <= _CHUNK else _CHUNK + -(-positions // _CHUNK)
+
+
+def native_product(activations: Tensor, backprops: Tensor, *_: object) -> bool | str:
+    """Whether the C++ kernels of products take these operands; if not, why not."""
+    if not all(x.dtype in (torch.float32, torch.bfloat16) for x in (activations, backprops)):
+        return "the kernels take float32 and bfloat16"
+    if 0 in (*activations.shape[1:], *backprops.shape[1:]):
+        return "an operand is empty"
+    return activations.dim() > 3 or activations.shape[1:-1].numel() > 1 or "one position needs no kernel"
 
 
 def operand_roundoff(like: Tensor) -> float:
@@ -94,10 +109,11 @@ def _gram_norm(gram_a: Tensor, gram_b: Tensor, length: int) -> tuple[Tensor, Ten
     reach = (squares_a * squares_b).clamp(min=0).sqrt().sum(-1).square().sum(-1)
     positions = gram_a.shape[-1]
     lost = _underflow(length * positions**2, squares_a.sum((1, 2)), squares_b.sum((1, 2)))
-    return norm_sq.clamp(min=0), _gamma(length + 2 * positions + gram_a.shape[1] + 2, norm_sq) * reach + lost
+    length += 2 * positions + gram_a.shape[1] + 2 * (product_depth(positions) + 1) + 2
+    return norm_sq.clamp(min=0), _gamma(length, norm_sq) * reach + lost
 
 
-@op()
+@op(native=native_product)
 def linear_norm_sq(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]:
     """Squared norm of the per-sample weight gradient of a linear layer, by the Gram road.
 
@@ -121,18 +137,7 @@ def linear_norm_sq(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tens
     return _gram_norm(gram_a.unsqueeze(1), gram_b.unsqueeze(1), a.shape[2] + b.shape[2])
 
 
-@op()
-def linear_grad_sample(activations: Tensor, backprops: Tensor) -> Tensor:
-    """Per-sample weight gradient of a linear layer: ``[N, T, D], [N, T, P] -> [N, P, D]``.
-
-    Equivalent to ``torch.einsum("ntp,ntd->npd", backprops, activations)`` in float32 or wider.
-    """
-    a, b = widen(activations), widen(backprops)
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    return b.to(dtype).transpose(1, 2) @ a.to(dtype)
-
-
-def _conv_roles(activations: Tensor, backprops: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+def conv_roles(activations: Tensor, backprops: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     """(plain, spread) of a convolution: the operand on the grid of positions t, and the one read through the taps.
 
     A convolution reads its input through the taps, a transposed one its output gradient; with the roles swapped
@@ -144,44 +149,7 @@ def _conv_roles(activations: Tensor, backprops: Tensor, transposed: bool) -> tup
     return plain.to(dtype), spread.to(dtype)
 
 
-@op()
-def conv_grad_sample(
-    activations: Tensor,
-    backprops: Tensor,
-    weight_shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    transposed: bool,
-) -> Tensor:
-    """Per-sample weight gradient of an n-dimensional (transposed) convolution: ``-> [N, *weight_shape]``.
-
-    Shapes:
-        activations ``[N, C_in, *in]``, backprops ``[N, C_out, *out]``; ``weight_shape`` as the layer's weight
-        (``[C_out, C_in/groups, *k]``, transposed ``[C_in, C_out/groups, *k]``); stride, padding, dilation: n ints.
-    Edge cases:
-        N = 0 gives ``[0, *weight_shape]``; positions outside the input count as zero.
-    """
-    plain, spread = _conv_roles(activations, backprops, transposed)
-    n, kernel, grid = plain.shape[0], weight_shape[2:], plain.shape[2:]
-    sides = [p for q in reversed(padding) for p in (q, q)]
-    spread = F.pad(spread, sides).contiguous()
-    batch_stride, channel_stride, *steps = spread.stride()
-    taps = [s * d for s, d in zip(steps, dilation, strict=True)]
-    hops = [s * h for s, h in zip(steps, stride, strict=True)]
-    windows = spread.as_strided(
-        (n, spread.shape[1], *kernel, *grid),
-        (batch_stride, channel_stride, *taps, *hops),
-        spread.storage_offset(),
-    )
-    positions = math.prod(grid)
-    windows = windows.reshape(n, groups, weight_shape[1] * math.prod(kernel), positions)
-    plain = plain.reshape(n, groups, weight_shape[0] // groups, positions)
-    return (plain @ windows.transpose(2, 3)).reshape(n, *weight_shape)
-
-
-@op()
+@op(native=native_product)
 def conv_norm_sq(
     activations: Tensor,
     backprops: Tensor,
@@ -208,7 +176,7 @@ def conv_norm_sq(
         N = 0 gives empty tensors; positions outside the input count as zero; non-finite operands give a non-finite
         result.
     """
-    plain, spread = _conv_roles(activations, backprops, transposed)
+    plain, spread = conv_roles(activations, backprops, transposed)
     n, kernel, grid = plain.shape[0], weight_shape[2:], list(plain.shape[2:])
     dims, positions = len(grid), math.prod(grid)
     plain = plain.reshape(n, groups, weight_shape[0] // groups, positions)

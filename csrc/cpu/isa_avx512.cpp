@@ -5,9 +5,9 @@
 #include "isa.h"
 
 #if DP2VAE_HAS_X86_BUILDS
-#pragma GCC target("avx2")
-#define DP2VAE_ISA avx2
-#define DP2VAE_LANES 8
-#define DP2VAE_SHUFFLE_BYTES 1
-#include "noise_kernels.h"
+#include <immintrin.h>
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define DP2VAE_ISA avx512
+#define DP2VAE_LANES 16
+#include "kernels.h"
 #endif

@@ -1,0 +1,2 @@
+#define DP2VAE_LANES 4
+#include "kernels.h"

@@ -1,0 +1,4 @@
+// All that is compiled once per instruction set.
+#include "gram_kernels.h"
+#include "noise_kernels.h"
+#include "product_kernels.h"

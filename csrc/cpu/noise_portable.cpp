@@ -1,2 +1,0 @@
-#define DP2VAE_LANES 4
-#include "noise_kernels.h"

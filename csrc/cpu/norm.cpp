@@ -1,0 +1,171 @@
+// Squared norms by Gram matrices: the plan of their numbering, and records dealt to threads.
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <map>
+#include <vector>
+
+#include "../ops.h"
+#include "gram.h"
+#include "isa.h"
+#include "operands.h"
+
+namespace dp2vae {
+namespace {
+
+using Triple = std::array<int64_t, 3>;
+
+const GramKernels& gram_kernels_in_use() {
+#if DP2VAE_HAS_X86_BUILDS
+  return in_use(portable::gram_kernels, avx2::gram_kernels, avx512::gram_kernels);
+#else
+  return portable::gram_kernels;
+#endif
+}
+
+int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+// A plan and what it points to.
+struct Numbering {
+  GramPlan plan{};
+  std::vector<int32_t> at;
+  std::vector<std::vector<float>> masks;
+  std::vector<std::vector<GramTap>> taps;
+  std::vector<GramPhase> phases;
+
+  Numbering(const Product& p, int64_t lanes);
+  Numbering(const Numbering&) = delete;
+
+ private:
+  void add_phase(const Product& p, Triple phase, const std::vector<Triple>& shifts);
+};
+
+Numbering::Numbering(const Product& p, int64_t lanes) {
+  const bool no_padding = p.padding[0] == 0 && p.padding[1] == 0 && p.padding[2] == 0;
+  plan.one_to_one = p.taps() == 1 && no_padding;
+  // Of a phase, the shift of each of its taps: position t reads pixel t + shift.
+  std::map<Triple, std::vector<Triple>> shifts;
+  for (int64_t z = 0; z < p.kernel[0]; ++z)
+    for (int64_t y = 0; y < p.kernel[1]; ++y)
+      for (int64_t x = 0; x < p.kernel[2]; ++x) {
+        const Triple tap{z, y, x};
+        Triple phase, shift;
+        for (int d = 0; d < 3; ++d) {
+          const int64_t offset = p.dilation[d] * tap[d] - p.padding[d];
+          shift[d] = floor_div(offset, p.stride[d]);
+          phase[d] = offset - shift[d] * p.stride[d];
+        }
+        shifts[phase].push_back(shift);
+      }
+  Triple box{p.grid[0], p.grid[1], p.grid[2]};
+  for (const auto& [phase, _] : shifts)
+    for (int d = 0; d < 3 && !plan.one_to_one; ++d)
+      box[d] = std::max(box[d], (p.size[d] - phase[d] + p.stride[d] - 1) / p.stride[d]);
+  plan.row[0] = box[2];
+  plan.row[1] = box[1] * box[2];
+  plan.numbers = box[0] * box[1] * box[2];
+  plan.step = (plan.numbers + 2 * lanes - 1) / (2 * lanes) * 2 * lanes;
+  plan.slack = 4 * lanes;
+  if (!plan.one_to_one)
+    for (const auto& [phase, its] : shifts) add_phase(p, phase, its);
+  for (size_t i = 0; i < phases.size(); ++i) {
+    phases[i].taps = taps[i].data();
+    phases[i].tap_count = static_cast<int64_t>(taps[i].size());
+  }
+  plan.phases = phases.data();
+  plan.phase_count = static_cast<int64_t>(phases.size());
+  const int64_t deepest = std::max(p.rows, p.channels);
+  STD_TORCH_CHECK(deepest * plan.step < std::numeric_limits<int32_t>::max(), deepest, " channels of ",
+                  plan.numbers, " positions are too large for Gram matrices");
+  for (int64_t i = 0; i < deepest; ++i) at.push_back(static_cast<int32_t>(i * plan.step));
+  plan.at = at.data();
+}
+
+void Numbering::add_phase(const Product& p, Triple phase, const std::vector<Triple>& shifts) {
+  GramPhase made{};
+  for (int d = 0; d < 3; ++d) {
+    made.start[d] = phase[d];
+    made.size[d] = std::max<int64_t>(0, (p.size[d] - phase[d] + p.stride[d] - 1) / p.stride[d]);
+    if (made.size[d] == 0) return;  // its taps read nothing but padding
+  }
+  std::vector<GramTap> of_phase;
+  for (const Triple& shift : shifts) {
+    std::vector<float> mask(plan.step + plan.slack);
+    GramTap tap{shift[0] * plan.row[1] + shift[1] * plan.row[0] + shift[2], plan.numbers, 0, nullptr};
+    for (int64_t z = 0; z < p.grid[0]; ++z)
+      for (int64_t y = 0; y < p.grid[1]; ++y)
+        for (int64_t x = 0; x < p.grid[2]; ++x) {
+          const Triple pixel{z + shift[0], y + shift[1], x + shift[2]};
+          bool inside = true;
+          for (int d = 0; d < 3; ++d) inside = inside && 0 <= pixel[d] && pixel[d] < made.size[d];
+          if (!inside) continue;
+          const int64_t number = z * plan.row[1] + y * plan.row[0] + x;
+          mask[number] = 1;
+          tap.first = std::min(tap.first, number);
+          tap.end = std::max(tap.end, number + 1);
+        }
+    if (tap.end == 0) continue;
+    plan.slack = std::max(plan.slack, std::abs(tap.offset) + plan.slack);
+    masks.push_back(std::move(mask));
+    tap.mask = masks.back().data();  // a vector's memory stays where it is when the vector is moved
+    of_phase.push_back(tap);
+  }
+  if (of_phase.empty()) return;
+  taps.push_back(std::move(of_phase));
+  phases.push_back(made);
+}
+
+// Float32 roundings that a term of the squared norm passes through, at most: in channel products, in their
+// sum, and, doubled by the square, in the product that is formed from the same operands afterwards.
+int64_t depth_of(const Product& p, const GramPlan& plan, int64_t lanes) {
+  int64_t taps = 1;
+  for (int64_t f = 0; f < plan.phase_count; ++f) taps = std::max(taps, plan.phases[f].tap_count);
+  return p.rows + p.channels + taps * (plan.numbers / (2 * lanes) + 1) +
+         2 * (product_depth(p.positions()) + 1) + 8;
+}
+
+std::tuple<Tensor, Tensor> gram_norms(const Product& p, const Tensor& like) {
+  Tensor norm_sq = torch::stable::new_empty(like, {p.records}, ScalarType::Float);
+  Tensor error = torch::stable::new_empty(like, {p.records}, ScalarType::Float);
+  auto* norms = static_cast<float*>(norm_sq.mutable_data_ptr());
+  auto* errors = static_cast<float*>(error.mutable_data_ptr());
+  if (p.records == 0) return {norm_sq, error};
+  const GramKernels& kernels = gram_kernels_in_use();
+  const Numbering numbering(p, kernels.lanes);
+  const GramPlan& plan = numbering.plan;
+  const int64_t depth = depth_of(p, plan, kernels.lanes);
+  const double lost = static_cast<double>(depth) * p.positions() * p.positions() * kTiny;
+  torch::stable::parallel_for(0, p.records, 1, [&](int64_t first, int64_t end) {
+    std::vector<float> plain(plan.operand_floats(p.rows)), spread(plan.operand_floats(p.channels));
+    std::vector<float> b(plan.matrix_floats()), x(plan.matrix_floats());
+    std::vector<double> diagonal(plan.numbers);
+    const GramScratch scratch{plain.data(), spread.data(), b.data() + plan.slack, x.data() + plan.slack,
+                              diagonal.data()};
+    for (int64_t n = first; n < end; ++n) {
+      const GramNorm norm = kernels.gram(p, plan, n, scratch);
+      norms[n] = static_cast<float>(norm.norm_sq < 0 ? 0 : norm.norm_sq);  // NaN stays
+      errors[n] =
+          static_cast<float>(roundoff(depth) * norm.reach + lost * (norm.plain_sq + norm.spread_sq + 1));
+    }
+  });
+  return {norm_sq, error};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> linear_norm_sq(const Tensor& activations, const Tensor& backprops) {
+  return gram_norms(linear_product(activations, backprops), activations);
+}
+
+std::tuple<Tensor, Tensor> conv_norm_sq(const Tensor& activations, const Tensor& backprops, Ints weight_shape,
+                                        Ints stride, Ints padding, Ints dilation, int64_t groups,
+                                        bool transposed) {
+  return gram_norms(
+      conv_product(activations, backprops, weight_shape, stride, padding, dilation, groups, transposed),
+      activations);
+}
+
+}  // namespace dp2vae

@@ -1,0 +1,235 @@
+// Gradients of linear layers and convolutions, formed record by record: kept, squared or added up.
+#include "product.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "../ops.h"
+#include "isa.h"
+#include "operands.h"
+
+namespace dp2vae {
+namespace {
+
+constexpr int64_t kBlockFloats = int64_t{1} << 19;  // of packed operands at a time
+constexpr int64_t kRecordsPerPart = 128;  // whose sum is formed in float32: precision.py counts on it
+
+// A layout and what it points to.
+struct Packing {
+  Layout layout;
+  std::vector<int32_t> at[kMaxVectors + 1];
+  std::vector<int64_t> tap_slot;
+
+  Packing(const Product& p, const ProductKernels& k);
+  Packing(const Packing&) = delete;
+};
+
+// Cycles for one position of all tiles, by what a core does in one: two vector multiply-adds, two loads.
+double cycles(const Product& p, const ProductKernels& k, int64_t columns, int64_t wide, bool unfolded) {
+  const int64_t vectors = (columns + k.lanes - 1) / k.lanes;
+  const double column_tiles = (vectors + wide - 1) / wide;
+  const double row_tiles = (p.rows + k.max_rows[wide] - 1) / k.max_rows[wide];
+  const double rows = p.rows / row_tiles, of_a_row = vectors / column_tiles;
+  const double tile = std::max({rows * of_a_row / 2, (rows + of_a_row) / 2, 4.0});
+  return tile * row_tiles * column_tiles * (unfolded ? 1 : p.taps()) + (unfolded ? 2.0 * columns : 0.0);
+}
+
+Packing::Packing(const Product& p, const ProductKernels& k) {
+  Layout& l = layout;
+  double best = std::numeric_limits<double>::infinity();
+  for (const bool unfolded : {false, true})
+    for (int64_t wide = 1; wide <= kMaxVectors; ++wide) {
+      if (unfolded && p.taps() == 1) continue;
+      const int64_t columns = p.channels * (unfolded ? p.taps() : 1);
+      const double cost = cycles(p, k, columns, wide, unfolded);
+      if (cost >= best) continue;
+      best = cost;
+      l.unfolded = unfolded;
+      l.columns = columns;
+      l.vectors = (columns + k.lanes - 1) / k.lanes;
+      l.column_tiles = (l.vectors + wide - 1) / wide;
+      l.row_tiles = (p.rows + k.max_rows[wide] - 1) / k.max_rows[wide];
+    }
+  l.lanes = k.lanes;
+  l.taps = l.unfolded ? 1 : p.taps();
+  for (int d = 0; d < 3; ++d)
+    l.box[d] = l.unfolded ? p.grid[d] : p.stride[d] * (p.grid[d] - 1) + p.dilation[d] * (p.kernel[d] - 1) + 1;
+  l.slots = l.box[0] * l.box[1] * l.box[2];
+  const auto slot = [&](int64_t z, int64_t y, int64_t x) { return (z * l.box[1] + y) * l.box[2] + x; };
+  const auto hop = [&](int d) { return l.unfolded ? 1 : p.stride[d]; };
+  STD_TORCH_CHECK(l.slots * kMaxVectors * k.lanes < std::numeric_limits<int32_t>::max(), "an input of ",
+                  l.slots, " positions is too large");
+  for (int64_t z = 0; z < p.grid[0]; ++z)
+    for (int64_t y = 0; y < p.grid[1]; ++y)
+      for (int64_t x = 0; x < p.grid[2]; ++x)
+        for (int v = 1; v <= kMaxVectors; ++v)
+          at[v].push_back(slot(z * hop(0), y * hop(1), x * hop(2)) * v * k.lanes);
+  if (l.unfolded) tap_slot.push_back(0);
+  for (int64_t z = 0; !l.unfolded && z < p.kernel[0]; ++z)
+    for (int64_t y = 0; y < p.kernel[1]; ++y)
+      for (int64_t x = 0; x < p.kernel[2]; ++x)
+        tap_slot.push_back(slot(z * p.dilation[0], y * p.dilation[1], x * p.dilation[2]));
+  for (int v = 1; v <= kMaxVectors; ++v) l.at[v] = at[v].data();
+  l.tap_slot = tap_slot.data();
+}
+
+Tensor new_floats(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+// Forms every record's product, in `kept` or else in memory of its own, and takes its norm.
+void form_all(const Product& p, float* kept, float* norm_sq, float* error) {
+  if (p.records == 0) return;
+  const ProductKernels& k = product_kernels_in_use();
+  const Packing packing(p, k);
+  const Layout& l = packing.layout;
+  torch::stable::parallel_for(0, p.records, 1, [&](int64_t first, int64_t end) {
+    std::vector<float> plain(l.plain_floats(p)), spread(l.spread_floats(p)), own(kept ? 0 : p.numbers());
+    for (int64_t n = first; n < end; ++n) {
+      float* out = kept ? kept + n * p.numbers() : own.data();
+      k.pack(p, l, n, 0, 1, plain.data(), spread.data());
+      k.form(p, l, plain.data(), spread.data(), out);
+      const double squares = k.squares(out, p.numbers());
+      norm_sq[n] = static_cast<float>(squares);
+      error[n] = static_cast<float>(squares * roundoff(kSquaresDepth) + p.numbers() * kTiny);
+    }
+  });
+}
+
+// out = sum over records of factors[n] times the product of record n.
+void weigh_all(const Product& p, const float* factors, float* out) {
+  const ProductKernels& k = product_kernels_in_use();
+  const Packing packing(p, k);
+  const Layout& l = packing.layout;
+  const int64_t each = l.plain_floats(p) + l.spread_floats(p);
+  const int64_t block = std::clamp<int64_t>(kBlockFloats / each, 1, std::min(p.records, kRecordsPerPart));
+  std::vector<float> plain(block * l.plain_floats(p)), spread(block * l.spread_floats(p));
+  std::vector<float> total(l.total_floats(p));
+  std::vector<double> wide(p.records > kRecordsPerPart ? total.size() : 0);
+  for (int64_t part = 0; part < p.records; part += kRecordsPerPart) {
+    const int64_t stop = std::min(p.records, part + kRecordsPerPart);
+    if (part > 0) std::fill(total.begin(), total.end(), 0.0f);
+    for (int64_t from = part; from < stop; from += block) {
+      const int64_t count = std::min(block, stop - from);
+      torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t end) {
+        for (int64_t r = first; r < end; ++r)
+          if (factors[from + r] != 0) k.pack(p, l, from + r, r, count, plain.data(), spread.data());
+      });
+      torch::stable::parallel_for(0, l.tiles(p), 1, [&](int64_t first, int64_t end) {
+        k.weigh(p, l, count, plain.data(), spread.data(), factors + from, first, end, total.data());
+      });
+    }
+    for (size_t i = 0; i < wide.size(); ++i) wide[i] += total[i];
+  }
+  for (size_t i = 0; i < wide.size(); ++i) total[i] = static_cast<float>(wide[i]);
+  k.unpack(p, l, total.data(), out);
+}
+
+// [N, A, *kernel, B] as [N, A, B, *kernel].
+Tensor channels_second(Tensor t) {
+  for (int64_t d = t.dim() - 1; d > 2; --d) t = torch::stable::transpose(t, d - 1, d);
+  return t;
+}
+
+std::tuple<Tensor, Tensor, Tensor> kept(const Product& p, const Tensor& like, std::vector<int64_t> sizes) {
+  Tensor values = new_floats(like, sizes), norm_sq = new_floats(like, {p.records}),
+         error = new_floats(like, {p.records});
+  form_all(p, floats(values), floats(norm_sq), floats(error));
+  return {channels_second(values), norm_sq, error};
+}
+
+std::tuple<Tensor, Tensor> direct_norm_sq(const Product& p, const Tensor& like) {
+  Tensor norm_sq = new_floats(like, {p.records}), error = new_floats(like, {p.records});
+  form_all(p, nullptr, floats(norm_sq), floats(error));
+  return {norm_sq, error};
+}
+
+Tensor weighted_sum(const Product& p, const Tensor& factors, const std::vector<int64_t>& sizes) {
+  STD_TORCH_CHECK(factors.is_cpu() && factors.scalar_type() == ScalarType::Float && factors.is_contiguous() &&
+                      factors.dim() == 1 && factors.numel() == p.records,
+                  "factors: expected ", p.records, " contiguous float32 numbers");
+  Tensor out = new_floats(factors, sizes);
+  if (p.records == 0)
+    torch::stable::zero_(out);
+  else
+    weigh_all(p, static_cast<const float*>(factors.const_data_ptr()), floats(out));
+  return out;
+}
+
+std::vector<int64_t> kept_sizes(int64_t records, const std::vector<int64_t>& weight_shape) {
+  std::vector<int64_t> sizes{records, weight_shape[0]};
+  sizes.insert(sizes.end(), weight_shape.begin() + 2, weight_shape.end());
+  sizes.push_back(weight_shape[1]);
+  return sizes;
+}
+
+}  // namespace
+
+const ProductKernels& product_kernels_in_use() {
+#if DP2VAE_HAS_X86_BUILDS
+  return in_use(portable::product_kernels, avx2::product_kernels, avx512::product_kernels);
+#else
+  return portable::product_kernels;
+#endif
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_kept(const Tensor& activations, const Tensor& backprops) {
+  const Product p = linear_product(activations, backprops);
+  return kept(p, activations, {p.records, p.rows, p.channels});
+}
+
+std::tuple<Tensor, Tensor> linear_direct_norm_sq(const Tensor& activations, const Tensor& backprops) {
+  return direct_norm_sq(linear_product(activations, backprops), activations);
+}
+
+Tensor linear_weighted_sum(const Tensor& activations, const Tensor& backprops, const Tensor& factors) {
+  const Product p = linear_product(activations, backprops);
+  return weighted_sum(p, factors, {p.rows, p.channels});
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_kept(const Tensor& activations, const Tensor& backprops,
+                                             Ints weight_shape, Ints stride, Ints padding, Ints dilation,
+                                             int64_t groups, bool transposed) {
+  const Product p =
+      conv_product(activations, backprops, weight_shape, stride, padding, dilation, groups, transposed);
+  return kept(p, activations, kept_sizes(p.records, weight_shape));
+}
+
+std::tuple<Tensor, Tensor> conv_direct_norm_sq(const Tensor& activations, const Tensor& backprops,
+                                               Ints weight_shape, Ints stride, Ints padding, Ints dilation,
+                                               int64_t groups, bool transposed) {
+  return direct_norm_sq(
+      conv_product(activations, backprops, weight_shape, stride, padding, dilation, groups, transposed),
+      activations);
+}
+
+Tensor conv_weighted_sum(const Tensor& activations, const Tensor& backprops, const Tensor& factors,
+                         Ints weight_shape, Ints stride, Ints padding, Ints dilation, int64_t groups,
+                         bool transposed) {
+  return weighted_sum(
+      conv_product(activations, backprops, weight_shape, stride, padding, dilation, groups, transposed),
+      factors, weight_shape);
+}
+
+Tensor kept_weighted_sum(const Tensor& values, const Tensor& factors) {
+  STD_TORCH_CHECK(values.is_cpu() && values.scalar_type() == ScalarType::Float && values.is_contiguous() &&
+                      values.dim() == 2 && factors.is_cpu() && factors.scalar_type() == ScalarType::Float &&
+                      factors.is_contiguous() && factors.numel() == values.size(0),
+                  "kept_weighted_sum: expected contiguous float32 tensors [N, numbers] and [N]");
+  const int64_t records = values.size(0), n = values.size(1);
+  Tensor out = new_floats(values, {n});
+  const auto kernel = product_kernels_in_use().weigh_kept;
+  torch::stable::parallel_for(0, n, 4096, [&](int64_t first, int64_t end) {
+    kernel(static_cast<const float*>(values.const_data_ptr()),
+           static_cast<const float*>(factors.const_data_ptr()), records, n, first, end, floats(out));
+  });
+  return out;
+}
+
+}  // namespace dp2vae

@@ -1,0 +1,270 @@
+// The kernels of product.h, compiled once per instruction set: include with DP2VAE_LANES and DP2VAE_ISA
+// defined and the target pragma set.
+#pragma once
+
+#include <cstring>
+
+#include "product.h"
+#include "tile.h"
+
+namespace dp2vae::DP2VAE_ISA {
+
+DP2VAE_INLINE float value(const float* data, int64_t i) { return data[i]; }
+
+DP2VAE_INLINE float value(const uint16_t* data, int64_t i) {
+  const uint32_t bits = static_cast<uint32_t>(data[i]) << 16;
+  float out;
+  memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+// A tile's place along one side of the product.
+struct Span {
+  int64_t begin, count;
+};
+
+DP2VAE_INLINE Span span(int64_t n, int64_t parts, int64_t i) {
+  const int64_t begin = part_begin(n, parts, i);
+  return {begin, part_begin(n, parts, i + 1) - begin};
+}
+
+// to[i * to_step + k] = from[i * from_step + k * from_inner], along whichever index lies closer together.
+template <class T>
+DP2VAE_INLINE void copy_block(const T* from, int64_t from_step, int64_t from_inner, int64_t count,
+                              int64_t inner, float* to, int64_t to_step) {
+  if (from_inner == 1) {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t k = 0; k < inner; ++k) to[i * to_step + k] = value(from, i * from_step + k);
+  } else {
+    for (int64_t k = 0; k < inner; ++k)
+      for (int64_t i = 0; i < count; ++i) to[i * to_step + k] = value(from, i * from_step + k * from_inner);
+  }
+}
+
+template <class T>
+void pack_plain(const Product& p, const Layout& l, int64_t n, int64_t place, int64_t block, float* packed) {
+  const Operand& o = p.plain;
+  const T* data = static_cast<const T*>(o.data) + n * o.record;
+  const int64_t positions = p.positions();
+  for (int64_t g = 0; g < p.groups; ++g)
+    for (int64_t i = 0; i < l.row_tiles; ++i) {
+      const Span row = span(p.rows, l.row_tiles, i);
+      float* to = packed + ((g * p.rows + row.begin) * block + place * row.count) * positions;
+      const T* from = data + (g * p.rows + row.begin) * o.channel;
+      for (int64_t z = 0; z < p.grid[0]; ++z)
+        for (int64_t y = 0; y < p.grid[1]; ++y) {
+          copy_block(from + z * o.axis[0] + y * o.axis[1], o.axis[2], o.channel, p.grid[2], row.count, to,
+                     row.count);
+          to += p.grid[2] * row.count;
+        }
+    }
+}
+
+// The first and the number of the indices i in [0, n) for which 0 <= i * stride + offset < size.
+DP2VAE_INLINE Span inside(int64_t n, int64_t stride, int64_t offset, int64_t size) {
+  int64_t begin = offset < 0 ? (-offset + stride - 1) / stride : 0;
+  int64_t end = size - offset <= 0 ? 0 : (size - offset - 1) / stride + 1;
+  if (end > n) end = n;
+  if (begin > end) begin = end;
+  return {begin, end - begin};
+}
+
+// Channels [first, first + count) of a group's pixels to columns [0, count) of a slab.
+template <class T>
+void pack_pixels(const Product& p, const Layout& l, const T* from, int64_t count, float* to, int64_t width) {
+  const Operand& o = p.spread;
+  const Span z = inside(l.box[0], 1, -p.padding[0], p.size[0]);
+  const Span y = inside(l.box[1], 1, -p.padding[1], p.size[1]);
+  const Span x = inside(l.box[2], 1, -p.padding[2], p.size[2]);
+  for (int64_t i = z.begin; i < z.begin + z.count; ++i)
+    for (int64_t j = y.begin; j < y.begin + y.count; ++j)
+      copy_block(from + (i - p.padding[0]) * o.axis[0] + (j - p.padding[1]) * o.axis[1] +
+                     (x.begin - p.padding[2]) * o.axis[2],
+                 o.axis[2], o.channel, x.count, count, to + ((i * l.box[1] + j) * l.box[2] + x.begin) * width,
+                 width);
+}
+
+// Columns [first, first + count) of a group, of the taps times channels that there are, to columns of a slab.
+template <class T>
+void pack_unfolded(const Product& p, const T* from, int64_t first, int64_t count, float* to, int64_t width) {
+  const Operand& o = p.spread;
+  for (int64_t column = first; column < first + count; ++column, ++to) {
+    const int64_t tap = column / p.channels, channel = column % p.channels;
+    const int64_t at[3] = {tap / (p.kernel[1] * p.kernel[2]), tap / p.kernel[2] % p.kernel[1],
+                           tap % p.kernel[2]};
+    int64_t offset[3];
+    Span in[3];
+    for (int d = 0; d < 3; ++d) {
+      offset[d] = at[d] * p.dilation[d] - p.padding[d];
+      in[d] = inside(p.grid[d], p.stride[d], offset[d], p.size[d]);
+    }
+    const int64_t hop = p.stride[2] * o.axis[2];
+    for (int64_t z = in[0].begin; z < in[0].begin + in[0].count; ++z)
+      for (int64_t y = in[1].begin; y < in[1].begin + in[1].count; ++y) {
+        const T* row = from + channel * o.channel + (z * p.stride[0] + offset[0]) * o.axis[0] +
+                       (y * p.stride[1] + offset[1]) * o.axis[1] + offset[2] * o.axis[2];
+        float* out = to + (z * p.grid[1] + y) * p.grid[2] * width;
+        for (int64_t x = in[2].begin; x < in[2].begin + in[2].count; ++x)
+          out[x * width] = value(row, x * hop);
+      }
+  }
+}
+
+template <class T>
+void pack_spread(const Product& p, const Layout& l, int64_t n, int64_t place, int64_t block, float* packed) {
+  const T* data = static_cast<const T*>(p.spread.data) + n * p.spread.record;
+  for (int64_t g = 0; g < p.groups; ++g)
+    for (int64_t j = 0; j < l.column_tiles; ++j) {
+      const Span v = span(l.vectors, l.column_tiles, j);
+      const int64_t first = v.begin * kWidth, width = v.count * kWidth;
+      const int64_t count = l.columns - first < width ? l.columns - first : width;
+      float* to = packed + ((g * l.vectors + v.begin) * block + place * v.count) * kWidth * l.slots;
+      const T* from = data + g * p.channels * p.spread.channel;
+      if (l.unfolded)
+        pack_unfolded(p, from, first, count, to, width);
+      else
+        pack_pixels(p, l, from + first * p.spread.channel, count, to, width);
+    }
+}
+
+void pack(const Product& p, const Layout& l, int64_t n, int64_t place, int64_t block, float* plain,
+          float* spread) {
+  p.plain.bf16 ? pack_plain<uint16_t>(p, l, n, place, block, plain)
+               : pack_plain<float>(p, l, n, place, block, plain);
+  p.spread.bf16 ? pack_spread<uint16_t>(p, l, n, place, block, spread)
+                : pack_spread<float>(p, l, n, place, block, spread);
+}
+
+// A tile of a record's product: the whole sum over positions, in chunks.
+DP2VAE_INLINE void product_tile(int64_t positions, Span row, int64_t vectors, const float* left,
+                                const float* right, const int32_t* at, float* out, int64_t out_step) {
+  const Tile kernel = kTiles[vectors][row.count];
+  const int64_t parts = chunks(positions);
+  for (int64_t c = 0; c < parts; ++c) {
+    const Span t = span(positions, parts, c);
+    kernel(t.count, left + t.begin * row.count, row.count, right, at + t.begin, 1, c > 0, out, out_step);
+  }
+}
+
+void weigh(const Product& p, const Layout& l, int64_t block, const float* plain, const float* spread,
+           const float* factors, int64_t first, int64_t end, float* total) {
+  const int64_t positions = p.positions();
+  alignas(64) float partial[14 * kMaxVectors * kWidth];
+  for (int64_t each = first; each < end; ++each) {
+    const int64_t g = each / (l.row_tiles * l.column_tiles);
+    const Span row = span(p.rows, l.row_tiles, each / l.column_tiles % l.row_tiles);
+    const Span v = span(l.vectors, l.column_tiles, each % l.column_tiles);
+    const int64_t width = v.count * kWidth, area = row.count * width;
+    const float* left = plain + (g * p.rows + row.begin) * block * positions;
+    const float* right = spread + (g * l.vectors + v.begin) * kWidth * block * l.slots;
+    float* out = total + ((g * p.rows + row.begin) * l.width() + row.count * v.begin * kWidth) * l.taps;
+    const Tile kernel = kTiles[v.count][row.count];
+    for (int64_t tap = 0; tap < l.taps; ++tap, out += area)
+      for (int64_t r = 0; r < block; ++r) {
+        if (factors[r] == 0) continue;
+        const float* a = left + r * row.count * positions;
+        const float* b = right + (r * l.slots + l.tap_slot[tap]) * width;
+        if (positions <= kChunk) {
+          kernel(positions, a, row.count, b, l.at[v.count], factors[r], true, out, width);
+        } else {
+          product_tile(positions, row, v.count, a, b, l.at[v.count], partial, width);
+          const F factor = all(factors[r]);
+          for (int64_t i = 0; i < area; i += kWidth)
+            store(out + i, fma(factor, load(partial + i), load(out + i)));
+        }
+      }
+  }
+}
+
+void unpack(const Product& p, const Layout& l, const float* total, float* out) {
+  for (int64_t g = 0; g < p.groups; ++g)
+    for (int64_t i = 0; i < l.row_tiles; ++i)
+      for (int64_t j = 0; j < l.column_tiles; ++j) {
+        const Span row = span(p.rows, l.row_tiles, i), v = span(l.vectors, l.column_tiles, j);
+        const int64_t first = v.begin * kWidth, width = v.count * kWidth;
+        const int64_t count = l.columns - first < width ? l.columns - first : width;
+        const float* from = total + ((g * p.rows + row.begin) * l.width() + row.count * first) * l.taps;
+        const int64_t taps = p.taps();
+        for (int64_t tap = 0; tap < l.taps; ++tap)
+          for (int64_t r = 0; r < row.count; ++r, from += width) {
+            float* to = out + (g * p.rows + row.begin + r) * p.channels * taps;
+            if (l.unfolded)
+              for (int64_t c = 0; c < count; ++c)
+                to[(first + c) % p.channels * taps + (first + c) / p.channels] = from[c];
+            else
+              for (int64_t c = 0; c < count; ++c) to[(first + c) * taps + tap] = from[c];
+          }
+      }
+}
+
+void form(const Product& p, const Layout& l, const float* plain, const float* spread, float* out) {
+  const int64_t positions = p.positions(), step = l.taps * l.columns;
+  alignas(64) float partial[14 * kMaxVectors * kWidth];
+  for (int64_t g = 0; g < p.groups; ++g)
+    for (int64_t j = 0; j < l.column_tiles; ++j) {
+      const Span v = span(l.vectors, l.column_tiles, j);
+      const int64_t first = v.begin * kWidth, width = v.count * kWidth;
+      const float* right = spread + (g * l.vectors + v.begin) * kWidth * l.slots;
+      for (int64_t i = 0; i < l.row_tiles; ++i) {
+        const Span row = span(p.rows, l.row_tiles, i);
+        const float* left = plain + (g * p.rows + row.begin) * positions;
+        for (int64_t tap = 0; tap < l.taps; ++tap) {
+          const float* b = right + l.tap_slot[tap] * width;
+          float* to = out + (g * p.rows + row.begin) * step + tap * l.columns + first;
+          if (first + width <= l.columns) {
+            product_tile(positions, row, v.count, left, b, l.at[v.count], to, step);
+          } else {
+            product_tile(positions, row, v.count, left, b, l.at[v.count], partial, width);
+            for (int64_t r = 0; r < row.count; ++r)
+              memcpy(to + r * step, partial + r * width, sizeof(float) * (l.columns - first));
+          }
+        }
+      }
+    }
+}
+
+double squares(const float* values, int64_t n) {
+  constexpr int64_t kRun = 64 * kWidth;
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kRun) {
+    const int64_t count = n - begin < kRun ? n - begin : kRun;
+    F sums[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * kWidth <= count; i += 4 * kWidth)
+      for (int k = 0; k < 4; ++k) {
+        const F x = load(values + begin + i + k * kWidth);
+        sums[k] = fma(x, x, sums[k]);
+      }
+    for (int k = 0; k < 4; ++k) total += sum(sums[k]);
+    for (; i < count; ++i) total += static_cast<double>(values[begin + i]) * values[begin + i];
+  }
+  return total;
+}
+
+void weigh_kept(const float* values, const float* factors, int64_t records, int64_t n, int64_t first,
+                int64_t end, float* out) {
+  constexpr int64_t kRun = 1024,
+                    kPart = 32;  // columns that stay in cache; records that are added up before others
+  alignas(64) float part[kRun];
+  for (int64_t begin = first; begin < end; begin += kRun) {
+    const int64_t count = end - begin < kRun ? end - begin : kRun;
+    for (int64_t i = 0; i < count; ++i) out[begin + i] = 0;
+    for (int64_t from = 0; from < records; from += kPart) {
+      for (int64_t i = 0; i < count; ++i) part[i] = 0;
+      const int64_t to = records - from < kPart ? records : from + kPart;
+      for (int64_t r = from; r < to; ++r) {
+        if (factors[r] == 0) continue;
+        const float* row = values + r * n + begin;
+        const float factor = factors[r];
+        for (int64_t i = 0; i < count; ++i) part[i] += factor * row[i];
+      }
+      for (int64_t i = 0; i < count; ++i) out[begin + i] += part[i];
+    }
+  }
+}
+
+extern const ProductKernels product_kernels = {
+    kWidth,    {0, kMaxRows[1], kMaxRows[2], kMaxRows[3], kMaxRows[4]}, pack, weigh, unpack, form, squares,
+    weigh_kept};
+
+}  // namespace dp2vae::DP2VAE_ISA

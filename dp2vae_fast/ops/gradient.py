@@ -1,0 +1,208 @@
+"""Per-sample weight gradients that are formed: kept, squared and forgotten, or added up with a weight a record.
+
+A layer that uses its weight at T positions has, for record n, the weight gradient ``G[n] = sum_t backprops[n, t] outer
+activations[n, t]``. ``*_kept`` returns ``G`` with its norms, ``*_direct_norm_sq`` its norms alone, ``*_weighted_sum``
+``sum_n factors[n] G[n]``.
+
+Guarantee, of all three: record n has a part that depends on that record alone, however it was computed. In the native
+kernels it is formed in float32, bit for bit the same by all three ops, so that a direct norm is that of what is added up
+afterwards; the references multiply and add in float64 where T > 1. How far it is from the exact gradient is bounded by
+:func:`~.norm.product_depth` roundings of each of its terms, and the parts of at most 2,048 records are added up such that none passes through more than
+144 additions of float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._op import op
+from .norm import conv_roles, grad_sample_norm_sq, native_product
+
+
+def _masked(x: Tensor, factors: Tensor) -> Tensor:
+    """Zero where the factor is, whatever the record holds: 0 * inf is NaN."""
+    return x.masked_fill((factors == 0).reshape(-1, *[1] * (x.dim() - 1)), 0)
+
+
+def _double_product(activations: Tensor, backprops: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    scaled = _masked(backprops, factors).double() * factors.double().reshape(-1, *[1] * (backprops.dim() - 1))
+    return _masked(activations, factors).double(), scaled
+
+
+def _result_dtype(*operands: Tensor) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
+
+
+@op(native=native_product)
+def linear_kept(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-sample weight gradients of a linear layer, their squared norms and error bounds.
+
+    Equivalent to ``torch.einsum("ntp,ntd->npd", backprops, activations)`` in float32 or wider.
+
+    Shapes:
+        activations ``[N, T, D]``, backprops ``[N, T, P]`` -> gradients ``[N, P, D]``, norm_sq ``[N]``, error ``[N]``.
+    Guarantee:
+        ``norm_sq + error`` is an upper bound of the squared norm of the gradients as returned.
+    """
+    dtype = _result_dtype(activations, backprops)
+    values = backprops.to(dtype).transpose(1, 2) @ activations.to(dtype)
+    return values, *grad_sample_norm_sq.reference(values)
+
+
+@op(native=native_product)
+def linear_direct_norm_sq(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]:
+    """The norms of :func:`linear_kept`, whose gradients are not kept."""
+    _, norm_sq, error = linear_kept.reference(activations, backprops)
+    return norm_sq, error
+
+
+@op(native=native_product)
+def linear_weighted_sum(activations: Tensor, backprops: Tensor, factors: Tensor) -> Tensor:
+    """``sum_n factors[n] G[n]``: ``[N, T, D], [N, T, P], [N] -> [P, D]``, in float32 or wider.
+
+    Records of factor zero contribute exactly zero, whatever they hold.
+    """
+    a, b = _double_product(activations, backprops, factors)
+    return (b.flatten(0, 1).T @ a.flatten(0, 1)).to(_result_dtype(activations, backprops))
+
+
+@op(native=native_product)
+def conv_kept(
+    activations: Tensor,
+    backprops: Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-sample weight gradients of an n-dimensional (transposed) convolution, their squared norms and error bounds.
+
+    Shapes:
+        activations ``[N, C_in, *in]``, backprops ``[N, C_out, *out]``; ``weight_shape`` as the layer's weight
+        (``[C_out, C_in/groups, *k]``, transposed ``[C_in, C_out/groups, *k]``); stride, padding, dilation: n ints.
+        -> gradients ``[N, *weight_shape]``, stored with channels last, norm_sq ``[N]``, error ``[N]``.
+    Guarantee:
+        as :func:`linear_kept`.
+    Edge cases:
+        N = 0 gives empty tensors; positions outside the input count as zero.
+    """
+    plain, spread = conv_roles(activations, backprops, transposed)
+    n, kernel, grid = plain.shape[0], weight_shape[2:], plain.shape[2:]
+    sides = [p for q in reversed(padding) for p in (q, q)]
+    spread = F.pad(spread, sides).contiguous()
+    batch_stride, channel_stride, *steps = spread.stride()
+    taps = [s * d for s, d in zip(steps, dilation, strict=True)]
+    hops = [s * h for s, h in zip(steps, stride, strict=True)]
+    windows = spread.as_strided(
+        (n, spread.shape[1], *kernel, *grid),
+        (batch_stride, channel_stride, *taps, *hops),
+        spread.storage_offset(),
+    )
+    positions = math.prod(grid)
+    windows = windows.reshape(n, groups, weight_shape[1] * math.prod(kernel), positions)
+    plain = plain.reshape(n, groups, weight_shape[0] // groups, positions)
+    values = (plain @ windows.transpose(2, 3)).reshape(n, *weight_shape)
+    return _channels_last(values), *grad_sample_norm_sq.reference(values)
+
+
+def _channels_last(values: Tensor) -> Tensor:
+    return values.movedim(2, -1).contiguous().movedim(-1, 2)
+
+
+@op(native=native_product)
+def conv_direct_norm_sq(
+    activations: Tensor,
+    backprops: Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+) -> tuple[Tensor, Tensor]:
+    """The norms of :func:`conv_kept`, whose gradients are not kept."""
+    how = (weight_shape, stride, padding, dilation, groups, transposed)
+    _, norm_sq, error = conv_kept.reference(activations, backprops, *how)
+    return norm_sq, error
+
+
+@op(native=native_product)
+def conv_weighted_sum(
+    activations: Tensor,
+    backprops: Tensor,
+    factors: Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+) -> Tensor:
+    """``sum_n factors[n] G[n]`` of a convolution: ``[N, C_in, *in], [N, C_out, *out], [N] -> weight_shape``.
+
+    Records of factor zero contribute exactly zero, whatever they hold.
+    """
+    a, b = _double_product(activations, backprops, factors)
+    return conv_weight_gradient(a, b, weight_shape, stride, padding, dilation, groups, transposed).to(
+        _result_dtype(activations, backprops)
+    )
+
+
+def conv_weight_gradient(
+    activations: Tensor,
+    backprops: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+) -> Tensor:
+    """The vendor library's weight gradient of a convolution, summed over the batch."""
+    if activations.shape[0] == 0:
+        return backprops.new_zeros(weight_shape)
+    output_padding = [0] * len(stride)
+    if transposed:
+        sizes = zip(
+            activations.shape[2:], backprops.shape[2:], weight_shape[2:], stride, padding, dilation, strict=True
+        )
+        output_padding = [o - ((i - 1) * s - 2 * p + d * (k - 1) + 1) for i, o, k, s, p, d in sizes]
+    weight = backprops.new_empty(1).expand(*weight_shape)  # only its shape is read
+    return torch.ops.aten.convolution_backward(
+        backprops,
+        activations,
+        weight,
+        None,
+        list(stride),
+        list(padding),
+        list(dilation),
+        transposed,
+        output_padding,
+        groups,
+        [False, True, False],
+    )[1]
+
+
+def _native_kept(values: Tensor, factors: Tensor) -> bool | str:
+    plain = values.dtype == factors.dtype == torch.float32 and values.is_contiguous() and factors.is_contiguous()
+    return plain or "the kernel takes contiguous float32"
+
+
+@op(native=_native_kept)
+def kept_weighted_sum(values: Tensor, factors: Tensor) -> Tensor:
+    """``sum_n factors[n] values[n]``: ``[N, M], [N] -> [M]``, added up in parts of at most 128 records.
+
+    Records of factor zero contribute exactly zero, whatever they hold.
+    """
+    values = _masked(values, factors)
+    total = values.new_zeros(values.shape[1], dtype=torch.float64)
+    for few, same in zip(factors.split(128), values.split(128), strict=True):
+        total += few @ same
+    return total.to(values.dtype)

@@ -1,0 +1,191 @@
+"""The native kernels of products, on every instruction set: against float64, and record by record."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dp2vae_fast import ops
+from dp2vae_fast.engine.gradients import ConvGeometry, ConvProduct, LinearProduct
+from dp2vae_fast.ops import _op
+
+pytestmark = pytest.mark.skipif(bool(_op._native_gap), reason=_op._native_gap)
+N = 5
+
+
+class Shape(NamedTuple):
+    name: str
+    layer: nn.Module
+    size: tuple[int, ...]  # of a record's input
+
+
+def shapes() -> list[Shape]:
+    conv, transposed = nn.Conv2d, nn.ConvTranspose2d
+    return [
+        Shape("1-d", nn.Conv1d(3, 5, 3, stride=2, padding=1), (3, 17)),
+        Shape("1-d long", nn.Conv1d(20, 18, 5, padding=2), (20, 131)),
+        Shape("one position", conv(3, 4, 4), (3, 4, 4)),
+        Shape("1x1", conv(33, 17, 1), (33, 5, 7)),
+        Shape("1x1 strided", conv(17, 31, 1, stride=2), (17, 7, 5)),
+        Shape("1x1 padded", conv(5, 6, 1, padding=1), (5, 3, 4)),
+        Shape("3x3", conv(16, 29, 3, padding=1), (16, 8, 8)),
+        Shape("3x3 many positions", conv(19, 3, 3, padding=1), (19, 15, 13)),
+        Shape("valid", conv(32, 15, 3), (32, 6, 9)),
+        Shape("dilated", conv(8, 9, 3, dilation=2, padding=3, stride=2), (8, 11, 9)),
+        Shape("wide stride", conv(4, 3, 2, stride=3), (4, 9, 8)),
+        Shape("grouped", conv(12, 8, 3, groups=4, stride=2, padding=2), (12, 7, 7)),
+        Shape("depthwise", conv(9, 18, 3, groups=9, padding=1), (9, 6, 5)),
+        Shape("few channels", conv(1, 34, 5, padding=2), (1, 9, 10)),
+        Shape("decoder", transposed(40, 24, 4, stride=2, padding=1), (40, 4, 4)),
+        Shape("decoder, last", transposed(31, 3, 4, stride=2, padding=1), (31, 8, 9)),
+        Shape("transposed, all at once", transposed(12, 8, 3, 3, 2, 1, groups=4, dilation=2), (12, 5, 4)),
+        Shape("lopsided", conv(6, 7, (1, 4), stride=(2, 1), padding=(0, 3)), (6, 5, 8)),
+        Shape("3-d", nn.Conv3d(5, 6, 3, padding=1, stride=(1, 2, 1)), (5, 4, 5, 6)),
+        Shape("3-d transposed", nn.ConvTranspose3d(3, 4, 2, stride=2), (3, 3, 2, 4)),
+        Shape("padding only in part", conv(2, 3, 1, stride=2, padding=1), (2, 2, 2)),
+    ]
+
+
+SHAPES = shapes()
+
+
+def conv_product(shape: Shape, dtype: torch.dtype = torch.float32, memory: str = "contiguous") -> ConvProduct:
+    layer, generator = shape.layer, torch.Generator().manual_seed(1)
+    x = torch.randn(N, *shape.size, generator=generator)
+    y = layer(x).detach()
+    b = torch.randn(y.shape, generator=generator)
+    dims = layer.weight.dim() - 2
+    lists = [tuple(ops.per_dim(getattr(layer, key), dims, key)) for key in ("stride", "padding", "dilation")]
+    geometry = ConvGeometry(tuple(layer.weight.shape), *lists, layer.groups, layer.transposed)
+    x, b = x.to(dtype), b.to(dtype)
+    if memory == "channels last":
+        x, b = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, b))
+    elif memory == "strided":
+        x, b = (torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0] for t in (x, b))
+    return ConvProduct(x, b, geometry)
+
+
+def linear_product(t: int, d: int, p: int, dtype: torch.dtype = torch.float32) -> LinearProduct:
+    generator = torch.Generator().manual_seed(2)
+    return LinearProduct(
+        torch.randn(N, t, d, generator=generator).to(dtype), torch.randn(N, t, p, generator=generator).to(dtype)
+    )
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def isa(request):
+    from dp2vae_fast import _C
+
+    best = _C.build_info()["isa"]
+    if not _C.select_isa(request.param):
+        pytest.skip(f"this machine has no {request.param}")
+    yield
+    _C.select_isa(best)
+
+
+def check(product: ConvProduct | LinearProduct) -> None:
+    """Every op of the product against float64, with the error bounds that it states."""
+    exact = product.in_float64(torch.arange(N))
+    values = exact.grad_sample()
+    squares = values.flatten(1).square().sum(1)
+    size = float(values.abs().max()) + 1e-30
+    kept = product.kept()
+    assert float((kept.values - values).abs().max()) <= 1e-6 * size * max(1, values.shape[1:].numel() ** 0.25)
+    for norm_sq, error in (
+        product.norm_sq(),
+        kept.norm_sq(),
+        type(product)(**{**vars(product), "direct": True}).norm_sq(),
+    ):
+        torch.testing.assert_close(norm_sq.double(), squares, rtol=1e-5, atol=0)
+        assert bool((squares <= (norm_sq + error).double()).all())
+        assert bool((norm_sq.double() - squares <= error).all())
+    factors = torch.tensor([0.5, 1.0, 0.0, 2.0, 0.25])
+    total = torch.einsum("n,n...->...", factors.double(), values)
+    weighted = product.weighted_sum(factors)
+    assert weighted.shape == total.shape
+    torch.testing.assert_close(weighted.double(), total, rtol=1e-5, atol=3e-6 * size)
+    torch.testing.assert_close(kept.weighted_sum(factors).double(), total, rtol=1e-5, atol=3e-6 * size)
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels last", "strided"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+def test_convolutions(isa, shape: Shape, memory: str):
+    check(conv_product(shape, memory=memory))
+
+
+@pytest.mark.parametrize("shape", SHAPES[::3], ids=lambda s: s.name)
+def test_bfloat16_operands_are_multiplied_as_they_are(isa, shape: Shape):
+    check(conv_product(shape, torch.bfloat16))
+
+
+@pytest.mark.parametrize("t, d, p", [(2, 1, 1), (7, 33, 5), (16, 16, 16), (64, 3, 70), (65, 17, 14), (200, 9, 31)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_layers(isa, t: int, d: int, p: int, dtype: torch.dtype):
+    check(linear_product(t, d, p, dtype))
+
+
+PRODUCTS = [conv_product(s) for s in SHAPES] + [linear_product(7, 33, 5), linear_product(200, 9, 31)]
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: type(p).__name__)
+def test_a_records_part_is_its_own(product):
+    """Bit for bit the same, alone and among others, kept and added up; a bad record stays with itself."""
+    rows = {f: getattr(product, f) for f in ("activations", "backprops")}
+    alone = type(product)(**{**vars(product), **{f: x[3:4] for f, x in rows.items()}})
+    kept = product.kept().values
+    assert torch.equal(kept[3:4], alone.kept().values)
+    assert torch.equal(product.norm_sq()[0][3:4], alone.norm_sq()[0])
+    assert torch.equal(product.norm_sq()[1][3:4], alone.norm_sq()[1])
+    one_hot = torch.eye(N)[3]
+    assert torch.equal(product.weighted_sum(one_hot), kept[3])
+    for bad in (float("inf"), float("nan")):
+        broken = type(product)(**{**vars(product), **{f: x.clone() for f, x in rows.items()}})
+        broken.activations[2], broken.backprops[2] = bad, bad
+        others = torch.tensor([0, 1, 3, 4])
+        for taken in (broken.norm_sq(), broken.kept().norm_sq()):
+            assert not bool(taken[0][2].isfinite())
+        for after, before in zip(broken.norm_sq(), product.norm_sq(), strict=True):
+            assert torch.equal(after[others], before[others])
+        factors = torch.tensor([0.5, 1.0, 0.0, 2.0, 0.25])
+        assert torch.equal(broken.weighted_sum(factors), product.weighted_sum(factors))
+        assert torch.equal(broken.kept().weighted_sum(factors), product.kept().weighted_sum(factors))
+
+
+def test_threads_do_not_change_a_bit():
+    product, factors = conv_product(SHAPES[6]), torch.rand(N)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append([product.weighted_sum(factors), *product.norm_sq(), product.kept().values])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("records", [0, 1, 127, 300])
+def test_any_number_of_records(records: int):
+    generator = torch.Generator().manual_seed(3)
+    product = LinearProduct(
+        torch.randn(records, 6, 5, generator=generator), torch.randn(records, 6, 4, generator=generator)
+    )
+    factors = torch.rand(records, generator=generator)
+    exact = torch.einsum("n,npd->pd", factors.double(), product.in_float64(torch.arange(records)).grad_sample())
+    torch.testing.assert_close(product.weighted_sum(factors).double(), exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(product.kept().weighted_sum(factors).double(), exact, rtol=1e-4, atol=1e-4)
+    assert product.norm_sq()[0].shape == (records,)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    x, b = torch.randn(2, 4, 5, 5), torch.randn(2, 6, 5, 5)
+    how: tuple[Tensor, Tensor, list[int]] = (x, b, [6, 4, 3, 3])
+    with pytest.raises(RuntimeError, match="do not fit the channels"):
+        torch.ops.dp2vae_fast.conv_norm_sq(x, b, [5, 4, 3, 3], [1, 1], [1, 1], [1, 1], 1, False)
+    with pytest.raises(RuntimeError, match="for each"):
+        torch.ops.dp2vae_fast.conv_norm_sq(*how, [1], [1, 1], [1, 1], 1, False)
+    with pytest.raises(RuntimeError, match="factors"):
+        torch.ops.dp2vae_fast.conv_weighted_sum(x, b, torch.ones(3), how[2], [1, 1], [1, 1], [1, 1], 1, False)
