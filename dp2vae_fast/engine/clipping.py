@@ -48,8 +48,8 @@ def bounded_norms(gradients: Sequence[Gradient], harmless: float = 0.0) -> tuple
         for records in again.split(max(1, _GRAM_NUMBERS // gradient.cost().positions ** 2)) if len(again) else ():
             exact, exact_error = gradient.in_float64(records).norm_sq()
             rough = error[row, records].double()
-            # What will be added up is multiplied in float32, and that much longer than the exact gradient: the roundings
-            # of the product, twice, were counted in `rough`.
+            # What will be added up is multiplied in float32, and may be longer than the exact gradient by that; `rough`
+            # counted the roundings of the product twice.
             longer = (0.5 * 2.0**-24 * (product_depth(gradient.cost().positions) + 1) * rough).sqrt()
             bound = exact_error + 2.0**-23 * exact + longer * (2 * exact.sqrt() + longer)
             error[row, records] = torch.maximum(STILL_COUNTED * rough, bound).to(dtype)

@@ -87,8 +87,8 @@ def _scaled(x: Tensor, factors: Tensor) -> Tensor:
 def _in_parts(left: Tensor, right: Tensor) -> Tensor:
     """``left^T right`` for ``[N, P]`` and ``[N, D]``, in parts of few records; many parts are added in float64."""
     total: Tensor | None = None
-    for left, right in zip(left.split(_ROWS), right.split(_ROWS), strict=True):
-        parts = zip(left.split(RECORDS_PER_PART), right.split(RECORDS_PER_PART), strict=True)
+    for rows, others in zip(left.split(_ROWS), right.split(_ROWS), strict=True):
+        parts = zip(rows.split(RECORDS_PER_PART), others.split(RECORDS_PER_PART), strict=True)
         few, same = next(parts)
         block = few.T @ same
         for few, same in parts:
@@ -125,7 +125,7 @@ class Kept:
         lying = values.permute(0, *order)
         flat = lying.reshape(self.records, math.prod(values.shape[1:]))
         total = ops.kept_weighted_sum(flat, factors.to(values.dtype)).reshape(lying.shape[1:])
-        return total.permute([order.index(d) for d in range(1, values.dim())])
+        return total.permute([order.index(d) for d in range(1, values.dim())]).contiguous()
 
     def in_float64(self, records: Tensor) -> Kept:
         return Kept(self.values[records].double())

@@ -4,11 +4,10 @@ A layer that uses its weight at T positions has, for record n, the weight gradie
 activations[n, t]``. ``*_kept`` returns ``G`` with its norms, ``*_direct_norm_sq`` its norms alone, ``*_weighted_sum``
 ``sum_n factors[n] G[n]``.
 
-Guarantee, of all three: record n has a part that depends on that record alone, however it was computed. In the native
-kernels it is formed in float32, bit for bit the same by all three ops, so that a direct norm is that of what is added up
-afterwards; the references multiply and add in float64 where T > 1. How far it is from the exact gradient is bounded by
-:func:`~.norm.product_depth` roundings of each of its terms, and the parts of at most 2,048 records are added up such that none passes through more than
-144 additions of float32.
+Guarantee, of all three: record n has a part that depends on that record alone. The native kernels form it in float32,
+bit for bit the same in all three ops, so that a direct norm is that of what is added up afterwards; the references
+multiply and add in float64 where T > 1. Each of its terms passes through at most :func:`~.norm.product_depth` roundings.
+The parts of up to 2,048 records are added up such that none passes through more than 144 additions of float32.
 """
 
 from __future__ import annotations
