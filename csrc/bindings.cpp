@@ -9,6 +9,7 @@
 #include <string>
 
 #include "chacha20.h"
+#include "cpu/buffers.h"
 #include "cpu/isa.h"
 #include "cpu/noise.h"
 #include "ops.h"
@@ -20,6 +21,9 @@ STABLE_TORCH_LIBRARY_IMPL(dp2vae_fast, CPU, library) {
   library.impl("noise_adam_", TORCH_BOX(&dp2vae::noise_adam_));
   library.impl("linear_norm_sq", TORCH_BOX(&dp2vae::linear_norm_sq));
   library.impl("conv_norm_sq", TORCH_BOX(&dp2vae::conv_norm_sq));
+  library.impl("grad_sample_norm_sq", TORCH_BOX(&dp2vae::grad_sample_norm_sq));
+  library.impl("group_norm_grad_sample", TORCH_BOX(&dp2vae::group_norm_grad_sample));
+  library.impl("layer_norm_grad_sample", TORCH_BOX(&dp2vae::layer_norm_grad_sample));
   library.impl("linear_kept", TORCH_BOX(&dp2vae::linear_kept));
   library.impl("linear_direct_norm_sq", TORCH_BOX(&dp2vae::linear_direct_norm_sq));
   library.impl("linear_weighted_sum", TORCH_BOX(&dp2vae::linear_weighted_sum));
@@ -81,6 +85,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("select_isa", &dp2vae::select_isa, py::arg("name"),
              "Use the kernels of an instruction set named in build_info()['isas']; False where it is not. "
              "For tests.");
+  module.def("unused_bytes", &dp2vae::unused_bytes, "Bytes of buffers that wait to be used again.");
+  module.def("release_unused", &dp2vae::release_unused, "Give these bytes back to the system.");
   module.def("chacha20_block", &chacha20_block, py::arg("key"), py::arg("counter"), py::arg("nonce"),
              "One ChaCha20 block (RFC 8439, section 2.3): 32-byte key, 12-byte nonce -> 64 bytes.");
   module.def("box_muller", &box_muller, py::arg("radius_word"), py::arg("tail_word"), py::arg("angle_word"),

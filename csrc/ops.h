@@ -45,6 +45,11 @@ std::tuple<Tensor, Tensor> linear_norm_sq(const Tensor& activations, const Tenso
 std::tuple<Tensor, Tensor> conv_norm_sq(const Tensor& activations, const Tensor& backprops, Ints weight_shape,
                                         Ints stride, Ints padding, Ints dilation, int64_t groups,
                                         bool transposed);
+std::tuple<Tensor, Tensor> grad_sample_norm_sq(const Tensor& grad_sample);
+std::tuple<Tensor, Tensor> group_norm_grad_sample(const Tensor& activations, const Tensor& backprops,
+                                                  int64_t groups, double eps);
+std::tuple<Tensor, Tensor> layer_norm_grad_sample(const Tensor& activations, const Tensor& backprops,
+                                                  bool rms, double eps);
 Tensor kept_weighted_sum(const Tensor& values, const Tensor& factors);
 
 }  // namespace dp2vae

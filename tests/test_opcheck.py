@@ -27,7 +27,8 @@ def arguments_of_every_op() -> dict[str, tuple]:
     convolution = (randn(2, 4, 5), randn(2, 6, 2), [6, 2, 2], [2], [0], [1], 2, False)
     draws = (KEY, STEP, 0, [0, 1], 1.0)
     return {
-        "affine_grad_sample": (randn(2, 3, 4), randn(2, 3, 4)),
+        "group_norm_grad_sample": (randn(2, 6, 4), randn(2, 6, 4), 3, 1e-5),
+        "layer_norm_grad_sample": (randn(2, 3, 4), randn(2, 3, 4), False, 1e-5),
         "clip_factors": (randn(3, 2).square(), randn(3, 2).square(), 1.0),
         "normalize_factors": (randn(3, 2).square(), randn(3, 2).square(), 1.0, 0.01),
         **{f"conv_{how}": convolution for how in ("norm_sq", "direct_norm_sq", "kept")},

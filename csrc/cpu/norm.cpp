@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../ops.h"
+#include "buffers.h"
 #include "gram.h"
 #include "isa.h"
 #include "operands.h"
@@ -139,8 +140,9 @@ std::tuple<Tensor, Tensor> gram_norms(const Product& p, const Tensor& like) {
   const int64_t depth = depth_of(p, plan, kernels.lanes);
   const double lost = static_cast<double>(depth) * p.positions() * p.positions() * kTiny;
   torch::stable::parallel_for(0, p.records, 1, [&](int64_t first, int64_t end) {
-    std::vector<float> plain(plan.operand_floats(p.rows)), spread(plan.operand_floats(p.channels));
-    std::vector<float> b(plan.matrix_floats()), x(plan.matrix_floats());
+    Buffer plain(plan.operand_floats(p.rows)), spread(plan.operand_floats(p.channels));
+    Buffer b(plan.matrix_floats()), x(plan.matrix_floats());
+    for (Buffer* scratch : {&plain, &spread, &b, &x}) scratch->zero();
     std::vector<double> diagonal(plan.numbers);
     const GramScratch scratch{plain.data(), spread.data(), b.data() + plan.slack, x.data() + plan.slack,
                               diagonal.data()};

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../ops.h"
+#include "buffers.h"
 #include "isa.h"
 #include "operands.h"
 
@@ -77,11 +78,19 @@ Packing::Packing(const Product& p, const ProductKernels& k) {
   l.tap_slot = tap_slot.data();
 }
 
-Tensor new_floats(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+Tensor contiguous(const Ints& sizes) {
+  Ints strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+  return pooled(sizes, strides);
 }
 
-float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+// A squared norm as computed by the kernels, and its error bound.
+void set_norm(double squares, int64_t n, float* norm_sq, float* error) {
+  *norm_sq = static_cast<float>(squares);
+  *error = static_cast<float>(squares * roundoff(kSquaresDepth) + n * kTiny);
+}
 
 // Forms every record's product, in `kept` or else in memory of its own, and takes its norm.
 void form_all(const Product& p, float* kept, float* norm_sq, float* error) {
@@ -90,14 +99,13 @@ void form_all(const Product& p, float* kept, float* norm_sq, float* error) {
   const Packing packing(p, k);
   const Layout& l = packing.layout;
   torch::stable::parallel_for(0, p.records, 1, [&](int64_t first, int64_t end) {
-    std::vector<float> plain(l.plain_floats(p)), spread(l.spread_floats(p)), own(kept ? 0 : p.numbers());
+    Buffer plain(l.plain_floats(p)), spread(l.spread_floats(p)), own(kept ? 0 : p.numbers());
+    spread.zero();
     for (int64_t n = first; n < end; ++n) {
       float* out = kept ? kept + n * p.numbers() : own.data();
       k.pack(p, l, n, 0, 1, plain.data(), spread.data());
       k.form(p, l, plain.data(), spread.data(), out);
-      const double squares = k.squares(out, p.numbers());
-      norm_sq[n] = static_cast<float>(squares);
-      error[n] = static_cast<float>(squares * roundoff(kSquaresDepth) + p.numbers() * kTiny);
+      set_norm(k.squares(out, p.numbers()), p.numbers(), norm_sq + n, error + n);
     }
   });
 }
@@ -109,12 +117,12 @@ void weigh_all(const Product& p, const float* factors, float* out) {
   const Layout& l = packing.layout;
   const int64_t each = l.plain_floats(p) + l.spread_floats(p);
   const int64_t block = std::clamp<int64_t>(kBlockFloats / each, 1, std::min(p.records, kRecordsPerPart));
-  std::vector<float> plain(block * l.plain_floats(p)), spread(block * l.spread_floats(p));
-  std::vector<float> total(l.total_floats(p));
-  std::vector<double> wide(p.records > kRecordsPerPart ? total.size() : 0);
+  Buffer plain(block * l.plain_floats(p)), spread(block * l.spread_floats(p)), total(l.total_floats(p));
+  spread.zero();
+  std::vector<double> wide(p.records > kRecordsPerPart ? l.total_floats(p) : 0);
   for (int64_t part = 0; part < p.records; part += kRecordsPerPart) {
     const int64_t stop = std::min(p.records, part + kRecordsPerPart);
-    if (part > 0) std::fill(total.begin(), total.end(), 0.0f);
+    total.zero();
     for (int64_t from = part; from < stop; from += block) {
       const int64_t count = std::min(block, stop - from);
       torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t end) {
@@ -125,27 +133,27 @@ void weigh_all(const Product& p, const float* factors, float* out) {
         k.weigh(p, l, count, plain.data(), spread.data(), factors + from, first, end, total.data());
       });
     }
-    for (size_t i = 0; i < wide.size(); ++i) wide[i] += total[i];
+    for (size_t i = 0; i < wide.size(); ++i) wide[i] += total.data()[i];
   }
-  for (size_t i = 0; i < wide.size(); ++i) total[i] = static_cast<float>(wide[i]);
+  for (size_t i = 0; i < wide.size(); ++i) total.data()[i] = static_cast<float>(wide[i]);
   k.unpack(p, l, total.data(), out);
 }
 
-// [N, A, *kernel, B] as [N, A, B, *kernel].
-Tensor channels_second(Tensor t) {
-  for (int64_t d = t.dim() - 1; d > 2; --d) t = torch::stable::transpose(t, d - 1, d);
-  return t;
-}
-
-std::tuple<Tensor, Tensor, Tensor> kept(const Product& p, const Tensor& like, std::vector<int64_t> sizes) {
-  Tensor values = new_floats(like, sizes), norm_sq = new_floats(like, {p.records}),
-         error = new_floats(like, {p.records});
+// `sizes` are those of a gradient, [A, B, *kernel]; it is kept as [A, *kernel, B].
+std::tuple<Tensor, Tensor, Tensor> kept(const Product& p, const Ints& weight_shape) {
+  Ints sizes{p.records}, strides{p.numbers()};
+  sizes.insert(sizes.end(), weight_shape.begin(), weight_shape.end());
+  strides.resize(sizes.size());
+  strides[1] = p.numbers() / weight_shape[0];
+  strides[2] = 1;
+  for (size_t d = sizes.size(), step = weight_shape[1]; d-- > 3; step *= sizes[d]) strides[d] = step;
+  Tensor values = pooled(sizes, strides), norm_sq = contiguous({p.records}), error = contiguous({p.records});
   form_all(p, floats(values), floats(norm_sq), floats(error));
-  return {channels_second(values), norm_sq, error};
+  return {values, norm_sq, error};
 }
 
-std::tuple<Tensor, Tensor> direct_norm_sq(const Product& p, const Tensor& like) {
-  Tensor norm_sq = new_floats(like, {p.records}), error = new_floats(like, {p.records});
+std::tuple<Tensor, Tensor> direct_norm_sq(const Product& p) {
+  Tensor norm_sq = contiguous({p.records}), error = contiguous({p.records});
   form_all(p, nullptr, floats(norm_sq), floats(error));
   return {norm_sq, error};
 }
@@ -154,19 +162,12 @@ Tensor weighted_sum(const Product& p, const Tensor& factors, const std::vector<i
   STD_TORCH_CHECK(factors.is_cpu() && factors.scalar_type() == ScalarType::Float && factors.is_contiguous() &&
                       factors.dim() == 1 && factors.numel() == p.records,
                   "factors: expected ", p.records, " contiguous float32 numbers");
-  Tensor out = new_floats(factors, sizes);
+  Tensor out = contiguous(sizes);
   if (p.records == 0)
     torch::stable::zero_(out);
   else
     weigh_all(p, static_cast<const float*>(factors.const_data_ptr()), floats(out));
   return out;
-}
-
-std::vector<int64_t> kept_sizes(int64_t records, const std::vector<int64_t>& weight_shape) {
-  std::vector<int64_t> sizes{records, weight_shape[0]};
-  sizes.insert(sizes.end(), weight_shape.begin() + 2, weight_shape.end());
-  sizes.push_back(weight_shape[1]);
-  return sizes;
 }
 
 }  // namespace
@@ -181,11 +182,11 @@ const ProductKernels& product_kernels_in_use() {
 
 std::tuple<Tensor, Tensor, Tensor> linear_kept(const Tensor& activations, const Tensor& backprops) {
   const Product p = linear_product(activations, backprops);
-  return kept(p, activations, {p.records, p.rows, p.channels});
+  return kept(p, {p.rows, p.channels});
 }
 
 std::tuple<Tensor, Tensor> linear_direct_norm_sq(const Tensor& activations, const Tensor& backprops) {
-  return direct_norm_sq(linear_product(activations, backprops), activations);
+  return direct_norm_sq(linear_product(activations, backprops));
 }
 
 Tensor linear_weighted_sum(const Tensor& activations, const Tensor& backprops, const Tensor& factors) {
@@ -198,15 +199,14 @@ std::tuple<Tensor, Tensor, Tensor> conv_kept(const Tensor& activations, const Te
                                              int64_t groups, bool transposed) {
   const Product p =
       conv_product(activations, backprops, weight_shape, stride, padding, dilation, groups, transposed);
-  return kept(p, activations, kept_sizes(p.records, weight_shape));
+  return kept(p, weight_shape);
 }
 
 std::tuple<Tensor, Tensor> conv_direct_norm_sq(const Tensor& activations, const Tensor& backprops,
                                                Ints weight_shape, Ints stride, Ints padding, Ints dilation,
                                                int64_t groups, bool transposed) {
   return direct_norm_sq(
-      conv_product(activations, backprops, weight_shape, stride, padding, dilation, groups, transposed),
-      activations);
+      conv_product(activations, backprops, weight_shape, stride, padding, dilation, groups, transposed));
 }
 
 Tensor conv_weighted_sum(const Tensor& activations, const Tensor& backprops, const Tensor& factors,
@@ -223,13 +223,28 @@ Tensor kept_weighted_sum(const Tensor& values, const Tensor& factors) {
                       factors.is_contiguous() && factors.numel() == values.size(0),
                   "kept_weighted_sum: expected contiguous float32 tensors [N, numbers] and [N]");
   const int64_t records = values.size(0), n = values.size(1);
-  Tensor out = new_floats(values, {n});
+  Tensor out = contiguous({n});
   const auto kernel = product_kernels_in_use().weigh_kept;
   torch::stable::parallel_for(0, n, 4096, [&](int64_t first, int64_t end) {
     kernel(static_cast<const float*>(values.const_data_ptr()),
            static_cast<const float*>(factors.const_data_ptr()), records, n, first, end, floats(out));
   });
   return out;
+}
+
+std::tuple<Tensor, Tensor> grad_sample_norm_sq(const Tensor& grad_sample) {
+  STD_TORCH_CHECK(grad_sample.is_cpu() && grad_sample.scalar_type() == ScalarType::Float &&
+                      grad_sample.is_contiguous() && grad_sample.dim() >= 1,
+                  "grad_sample: expected a contiguous float32 tensor [N, ...]");
+  const int64_t records = grad_sample.size(0), n = records > 0 ? grad_sample.numel() / records : 0;
+  Tensor norm_sq = contiguous({records}), error = contiguous({records});
+  const auto kernel = product_kernels_in_use().squares;
+  const float* values = static_cast<const float*>(grad_sample.const_data_ptr());
+  float *norms = floats(norm_sq), *errors = floats(error);
+  torch::stable::parallel_for(0, records, 1 + 16384 / (n + 1), [&](int64_t first, int64_t end) {
+    for (int64_t r = first; r < end; ++r) set_norm(kernel(values + r * n, n), n, norms + r, errors + r);
+  });
+  return {norm_sq, error};
 }
 
 }  // namespace dp2vae

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -116,17 +117,16 @@ def _explicit_padding(layer: Conv) -> list[int] | None:
     return sides
 
 
-def _affine(normalized: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
-    """Scale and bias over channels: ``[N, C, *]`` in, one gradient ``[N, C]`` each out."""
-    sites = (*normalized.shape[:2], math.prod(normalized.shape[2:]))
-    normalized, backprops = normalized.reshape(sites), backprops.reshape(sites)
-    return {"weight": ops.affine_grad_sample(normalized, backprops), "bias": ops.widen(backprops).sum(2)}
+def _group_norm(groups: int, eps: float, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
+    sites = (*activations.shape[:2], math.prod(activations.shape[2:]))
+    weight, bias = ops.group_norm_grad_sample(activations.reshape(sites), backprops.reshape(sites), groups, eps)
+    return {"weight": weight, "bias": bias}
 
 
 @register_layer_rule(nn.GroupNorm)
 def group_norm_rule(layer: nn.GroupNorm, activations: Tensor, backprops: Tensor) -> dict[str, Gradient | Tensor]:
     """``[N, C, *]``, normalised within each record and group."""
-    return _affine(F.group_norm(ops.widen(activations), layer.num_groups, eps=layer.eps), backprops)
+    return _group_norm(layer.num_groups, layer.eps, activations, backprops)
 
 
 @register_layer_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -134,7 +134,7 @@ def instance_norm_rule(
     layer: nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d, activations: Tensor, backprops: Tensor
 ) -> dict[str, Gradient | Tensor]:
     """``[N, C, *]``, normalised within each record and channel (running statistics are refused at attachment)."""
-    return _affine(F.instance_norm(ops.widen(activations), eps=layer.eps), backprops)
+    return _group_norm(activations.shape[1], layer.eps, activations, backprops)
 
 
 @register_layer_rule(nn.LayerNorm, nn.RMSNorm)
@@ -142,16 +142,12 @@ def layer_norm_rule(
     layer: nn.LayerNorm | nn.RMSNorm, activations: Tensor, backprops: Tensor
 ) -> dict[str, Gradient | Tensor]:
     """``[N, *, *normalized_shape]``: the positions before the normalised dimensions are summed."""
-    shape = list(layer.normalized_shape)
-    n, features = activations.shape[0], math.prod(shape)
-    if isinstance(layer, nn.RMSNorm):
-        normalized = F.rms_norm(ops.widen(activations), shape, eps=layer.eps)
-    else:
-        normalized = F.layer_norm(ops.widen(activations), shape, eps=layer.eps)
-    normalized = normalized.reshape(n, normalized[0].numel() // features if n else 0, features)
-    backprops = ops.widen(backprops).reshape(normalized.shape)
-    weight = ops.affine_grad_sample(normalized.transpose(1, 2), backprops.transpose(1, 2))
-    return {"weight": weight.reshape(n, *shape), "bias": backprops.sum(1).reshape(n, *shape)}
+    shape, n = tuple(layer.normalized_shape), activations.shape[0]
+    rows = (n, math.prod(activations.shape[1 : activations.dim() - len(shape)]), math.prod(shape))
+    rms = isinstance(layer, nn.RMSNorm)
+    eps = torch.finfo(activations.dtype).eps if layer.eps is None else layer.eps  # as RMSNorm itself
+    weight, bias = ops.layer_norm_grad_sample(activations.reshape(rows), backprops.reshape(rows), rms, eps)
+    return {"weight": weight.reshape(n, *shape), "bias": bias.reshape(n, *shape)}
 
 
 @register_layer_rule(nn.Embedding)

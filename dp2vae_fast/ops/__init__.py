@@ -7,6 +7,7 @@ Ops know nothing of modules, optimizers or privacy accounting, and may be used a
 import torch
 
 from dp2vae_fast.ops._op import backend, backends_table, load_triton
+from dp2vae_fast.ops.affine import group_norm_grad_sample, layer_norm_grad_sample
 from dp2vae_fast.ops.clip import clip_factors, normalize_factors
 from dp2vae_fast.ops.gradient import (
     conv_direct_norm_sq,
@@ -20,7 +21,6 @@ from dp2vae_fast.ops.gradient import (
 )
 from dp2vae_fast.ops.noise import add_noise_, noise_adam_, noise_sgd_, random_words
 from dp2vae_fast.ops.norm import (
-    affine_grad_sample,
     conv_norm_sq,
     embedding_norm_sq,
     grad_sample_norm_sq,
@@ -31,7 +31,6 @@ from dp2vae_fast.ops.norm import (
 
 __all__ = [
     "add_noise_",
-    "affine_grad_sample",
     "backend",
     "backends_table",
     "clip_factors",
@@ -42,7 +41,9 @@ __all__ = [
     "conv_weighted_sum",
     "embedding_norm_sq",
     "grad_sample_norm_sq",
+    "group_norm_grad_sample",
     "kept_weighted_sum",
+    "layer_norm_grad_sample",
     "linear_direct_norm_sq",
     "linear_kept",
     "linear_norm_sq",

@@ -6,7 +6,7 @@ activations[n, t]``. ``*_kept`` returns ``G`` with its norms, ``*_direct_norm_sq
 
 Guarantee, of all three: record n has a part that depends on that record alone. The native kernels form it in float32,
 bit for bit the same in all three ops, so that a direct norm is that of what is added up afterwards; the references
-multiply and add in float64 where T > 1. Each of its terms passes through at most :func:`~.norm.product_depth` roundings.
+multiply and add in float64 where T > 1. Each term passes through :func:`~.norm.product_depth` roundings at most.
 The parts of up to 2,048 records are added up such that none passes through more than 144 additions of float32.
 """
 

@@ -93,6 +93,11 @@ def _underflow(length: int, *squares: Tensor) -> Tensor:
     return length * torch.finfo(squares[0].dtype).tiny * (sum(squares[1:], squares[0]) + 1)
 
 
+def _native_rows(grad_sample: Tensor) -> bool | str:
+    plain = grad_sample.dtype == torch.float32 and grad_sample.dim() >= 1 and grad_sample.is_contiguous()
+    return plain or "the kernel takes contiguous float32"
+
+
 def widen(x: Tensor) -> Tensor:
     """``x`` in float32, or float64 if it already is: the precision in which norms and sums over records are formed."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -130,7 +135,8 @@ def linear_norm_sq(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tens
     dtype = torch.promote_types(a.dtype, b.dtype)
     a, b = a.to(dtype), b.to(dtype)
     if a.shape[1] == 1:  # one position: |a|^2 |b|^2, and every partial product is positive
-        squares_a, squares_b, length = a.square().sum((1, 2)), b.square().sum((1, 2)), a.shape[2] + b.shape[2]
+        (squares_a, _), (squares_b, _) = grad_sample_norm_sq(a), grad_sample_norm_sq(b)
+        length = a.shape[2] + b.shape[2]
         norm_sq = squares_a * squares_b
         return norm_sq, _gamma(length + 1, a) * norm_sq + _underflow(length, squares_a, squares_b)
     gram_a, gram_b = a @ a.transpose(1, 2), b @ b.transpose(1, 2)
@@ -169,7 +175,7 @@ def conv_norm_sq(
     reads pixels of one phase ``(d tap - p) mod s`` only, so X is taken phase by phase.
 
     Shapes:
-        as :func:`conv_grad_sample`; -> norm_sq ``[N]``, error ``[N]``.
+        as :func:`~.gradient.conv_kept`; -> norm_sq ``[N]``, error ``[N]``.
     Guarantee:
         ``norm_sq + error`` is an upper bound of the exact squared norm (module docstring).
     Edge cases:
@@ -208,17 +214,6 @@ def conv_norm_sq(
 
 
 @op()
-def affine_grad_sample(normalized: Tensor, backprops: Tensor) -> Tensor:
-    """Per-sample gradient of a normalisation layer's scale: ``sum_s normalized[n, c, s] backprops[n, c, s]``.
-
-    Shapes:
-        normalized ``[N, C, S]`` (the layer's input after normalisation, before scale and bias), backprops ``[N, C,
-        S]`` -> ``[N, C]``.
-    """
-    return (widen(normalized) * widen(backprops)).sum(2)
-
-
-@op()
 def embedding_norm_sq(indices: Tensor, backprops: Tensor, padding_idx: int) -> tuple[Tensor, Tensor]:
     """Squared norm of the per-sample gradient of an embedding table, without a dense gradient.
 
@@ -240,7 +235,7 @@ def embedding_norm_sq(indices: Tensor, backprops: Tensor, padding_idx: int) -> t
     return norm_sq, _gamma(b.shape[2] + 2 * b.shape[1] + 2, b) * reach + lost
 
 
-@op()
+@op(native=_native_rows)
 def grad_sample_norm_sq(grad_sample: Tensor) -> tuple[Tensor, Tensor]:
     """Squared norm of per-sample gradients that have been formed: ``[N, ...] -> norm_sq [N], error [N]``.
 
