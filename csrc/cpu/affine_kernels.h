@@ -11,7 +11,7 @@ constexpr int64_t kSumRun =
 
 // Sums of x, x^2, b and x b along a contiguous row.
 DP2VAE_INLINE void row_sums(const float* x, const float* b, int64_t n, double* sums) {
-  sums[0] = sums[1] = sums[2] = sums[3] = 0;
+  Wide totals[4] = {};
   int64_t i = 0;
   while (i + kWidth <= n) {
     F lanes[4] = {};
@@ -23,8 +23,9 @@ DP2VAE_INLINE void row_sums(const float* x, const float* b, int64_t n, double* s
       lanes[2] += v;
       lanes[3] = fma(u, v, lanes[3]);
     }
-    for (int k = 0; k < 4; ++k) sums[k] += sum(lanes[k]);
+    for (int k = 0; k < 4; ++k) add(totals[k], lanes[k]);
   }
+  for (int k = 0; k < 4; ++k) sums[k] = sum(totals[k]);
   for (; i < n; ++i) {
     const double u = x[i], v = b[i];
     sums[0] += u;
@@ -37,7 +38,7 @@ DP2VAE_INLINE void row_sums(const float* x, const float* b, int64_t n, double* s
 // The same for every one of `kWidth` channels that lie side by side.
 DP2VAE_INLINE void lane_sums(const float* x, const float* b, int64_t n, int64_t x_step, int64_t b_step,
                              double* sums) {
-  for (int k = 0; k < 4 * kWidth; ++k) sums[k] = 0;
+  Wide totals[4] = {};
   for (int64_t begin = 0; begin < n; begin += 32) {
     const int64_t end = n - begin < 32 ? n : begin + 32;
     F lanes[4] = {};
@@ -48,9 +49,10 @@ DP2VAE_INLINE void lane_sums(const float* x, const float* b, int64_t n, int64_t 
       lanes[2] += v;
       lanes[3] = fma(u, v, lanes[3]);
     }
-    for (int c = 0; c < kWidth; ++c)
-      for (int k = 0; k < 4; ++k) sums[4 * c + k] += lanes[k][c];
+    for (int k = 0; k < 4; ++k) add(totals[k], lanes[k]);
   }
+  for (int c = 0; c < kWidth; ++c)
+    for (int k = 0; k < 4; ++k) sums[4 * c + k] = totals[k][c];
 }
 
 void group_norm(const float* x, const float* b, int64_t channels, int64_t sites, const int64_t* x_strides,

@@ -12,6 +12,12 @@ void gather(const Operand& o, const GramPlan& plan, int64_t n, int64_t first, in
             const int64_t* size, const int64_t* start, const int64_t* hop, float* to) {
   const T* data = static_cast<const T*>(o.data) + n * o.record + first * o.channel;
   for (int d = 0; d < 3; ++d) data += start[d] * o.axis[d];
+  const bool one_row =
+      size[0] == 1 && plan.row[0] == size[2] && hop[1] * o.axis[1] == size[2] * hop[2] * o.axis[2];
+  if (one_row) {
+    copy_block(data, o.channel, hop[2] * o.axis[2], channels, size[1] * size[2], to, plan.step);
+    return;
+  }
   for (int64_t z = 0; z < size[0]; ++z)
     for (int64_t y = 0; y < size[1]; ++y) {
       const T* from = data + z * hop[0] * o.axis[0] + y * hop[1] * o.axis[1];
@@ -51,6 +57,7 @@ void gram_matrix(const GramPlan& plan, const float* operand, int64_t channels, f
 // The squared norm of a group of one record whose positions are its pixels: strips of both matrices are
 // multiplied as they come.
 void strips(const Product& p, const GramPlan& plan, const GramScratch& s, GramNorm& norm, double& reach) {
+  Wide total = {};
   const int64_t tiles = (plan.numbers + kMaxRows[2] - 1) / kMaxRows[2];
   for (int64_t i = 0; i < tiles; ++i) {
     const Span row = span(plan.numbers, tiles, i);
@@ -65,17 +72,21 @@ void strips(const Product& p, const GramPlan& plan, const GramScratch& s, GramNo
       for (; j < plan.numbers && j % kWidth; ++j) within += 2.0 * b[j] * x[j];
       F sums[2] = {};
       for (int k = 0; j < plan.numbers; j += kWidth, k ^= 1) sums[k] = fma(load(b + j), load(x + j), sums[k]);
-      norm.norm_sq += within + 2 * (sum(sums[0]) + sum(sums[1]));
+      norm.norm_sq += within;
+      add(total, sums[0]);
+      add(total, sums[1]);
       const double bt = b[row.begin + r], xt = x[row.begin + r];
       norm.plain_sq += bt;
       norm.spread_sq += xt;
       reach += bt > 0 && xt > 0 ? __builtin_sqrt(bt * xt) : 0;
     }
   }
+  norm.norm_sq += 2 * sum(total);
 }
 
 // Adds sum over taps of this phase of B[t, t'] X[t + offset, t' + offset] to the norm, row t by row t.
 void combine(const GramPlan& plan, const GramPhase& phase, const GramScratch& s, GramNorm& norm) {
+  Wide total = {};
   for (int64_t t = 0; t < plan.numbers; ++t) {
     const int64_t begin = t / kHalf * kHalf;
     F sums[2] = {};
@@ -92,8 +103,10 @@ void combine(const GramPlan& plan, const GramPhase& phase, const GramScratch& s,
       }
       s.diagonal[t] += x[t];
     }
-    norm.norm_sq += sum(sums[0]) + sum(sums[1]);
+    add(total, sums[0]);
+    add(total, sums[1]);
   }
+  norm.norm_sq += sum(total);
 }
 
 GramNorm gram(const Product& p, const GramPlan& plan, int64_t n, const GramScratch& s) {

@@ -35,6 +35,9 @@ DP2VAE_INLINE void copy_block(const T* from, int64_t from_step, int64_t from_inn
   if (from_inner == 1) {
     for (int64_t i = 0; i < count; ++i)
       for (int64_t k = 0; k < inner; ++k) to[i * to_step + k] = value(from, i * from_step + k);
+  } else if (from_inner < from_step) {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t k = 0; k < inner; ++k) to[i * to_step + k] = value(from, i * from_step + k * from_inner);
   } else {
     for (int64_t k = 0; k < inner; ++k)
       for (int64_t i = 0; i < count; ++i) to[i * to_step + k] = value(from, i * from_step + k * from_inner);
@@ -224,8 +227,9 @@ void form(const Product& p, const Layout& l, const float* plain, const float* sp
 }
 
 double squares(const float* values, int64_t n) {
-  constexpr int64_t kRun = 64 * kWidth;
-  double total = 0;
+  constexpr int64_t kRun = 256 * kWidth;  // 64 terms of a lane of each sum
+  Wide total = {};
+  double rest = 0;
   for (int64_t begin = 0; begin < n; begin += kRun) {
     const int64_t count = n - begin < kRun ? n - begin : kRun;
     F sums[4] = {};
@@ -235,10 +239,10 @@ double squares(const float* values, int64_t n) {
         const F x = load(values + begin + i + k * kWidth);
         sums[k] = fma(x, x, sums[k]);
       }
-    for (int k = 0; k < 4; ++k) total += sum(sums[k]);
-    for (; i < count; ++i) total += static_cast<double>(values[begin + i]) * values[begin + i];
+    for (int k = 0; k < 4; ++k) add(total, sums[k]);
+    for (; i < count; ++i) rest += static_cast<double>(values[begin + i]) * values[begin + i];
   }
-  return total;
+  return sum(total) + rest;
 }
 
 void weigh_kept(const float* values, const float* factors, int64_t records, int64_t n, int64_t first,

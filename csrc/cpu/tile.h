@@ -35,7 +35,12 @@ DP2VAE_INLINE F fma(F a, F b, F c) {
 #endif
 }
 
-DP2VAE_INLINE double sum(F x) {
+// Lanes in double, for sums of many float32 sums.
+typedef double Wide __attribute__((vector_size(8 * kWidth)));
+
+DP2VAE_INLINE void add(Wide& total, F x) { total += __builtin_convertvector(x, Wide); }
+
+DP2VAE_INLINE double sum(const Wide& x) {
   double total = 0;
   for (int i = 0; i < kWidth; ++i) total += x[i];
   return total;

@@ -74,7 +74,8 @@ def linear_rule(layer: nn.Linear, activations: Tensor, backprops: Tensor) -> dic
     n, positions = activations.shape[0], math.prod(activations.shape[1:-1])
     activations = activations.reshape(n, positions, activations.shape[-1])
     backprops = backprops.reshape(n, positions, backprops.shape[-1])
-    return {"weight": LinearProduct(activations, backprops), "bias": ops.widen(backprops).sum(1)}
+    bias = backprops.squeeze(1) if positions == 1 else ops.widen(backprops).sum(1)
+    return {"weight": LinearProduct(activations, backprops), "bias": bias}
 
 
 @register_layer_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
