@@ -153,7 +153,11 @@ def rows() -> list[Row]:
                 for precision, dtype in PRECISIONS.items():
                     for norms, plan, few in (
                         ("planned", Plan(), RECORDS),
-                        ("Gram", Plan(max_kept_bytes=0), GRAM.get(preset, 0)),
+                        (
+                            "Gram",
+                            Plan(forced=dict.fromkeys(dict(decoder.named_parameters()), "gram")),
+                            GRAM.get(preset, 0),
+                        ),
                     ):
                         if few == 0:
                             continue

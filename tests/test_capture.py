@@ -541,7 +541,7 @@ def test_outputs_in_a_tuple_may_be_changed_in_place():
     check(Model(), x(5, 4))
 
 
-@pytest.mark.parametrize("method", ["product", "kept"])
+@pytest.mark.parametrize("method", ["gram", "kept"])
 def test_output_size_overrides_output_padding(method):
     class Sized(nn.Module):
         def __init__(self) -> None:

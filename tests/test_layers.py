@@ -44,7 +44,7 @@ def test_rule_agrees_with_both_oracles_in_float64(case: LayerCase):
     model, inputs = build(case, torch.float64), case.inputs(5, torch.float64)
     by_loop, by_vmap = grads_one_by_one(model, inputs), grads_by_vmap(model, inputs)
     factors = torch.tensor([0.3, 1.0, 0.0, 2.0, 0.7], dtype=torch.float64)
-    for method in ("product", "kept"):
+    for method in ("gram", "kept"):
         plan = Plan(forced=dict.fromkeys(by_loop, method))
         for name, gradient in captured(model, inputs, plan).items():
             assert gradient is not None
@@ -63,7 +63,7 @@ def test_rule_loses_no_more_than_the_framework_in_float32(case: LayerCase):
     exact_inputs = inputs if case.entries else inputs.double()
     exact = grads_one_by_one(build(case, torch.float64), exact_inputs)
     framework = grads_one_by_one(model, inputs)
-    for method in ("product", "kept"):
+    for method in ("gram", "kept"):
         for name, gradient in captured(model, inputs, Plan(forced=dict.fromkeys(exact, method))).items():
             assert gradient is not None
             allowed = 2 * relative(framework[name], exact[name]) + FLOAT_FLOOR
@@ -76,7 +76,7 @@ def test_rule_loses_no_more_than_the_framework_in_float32(case: LayerCase):
 def test_norm_bound_covers_what_float32_lost(case: LayerCase):
     """norm_sq + error is at least the squared norm of the exact gradient of the very operands, in float64."""
     model, inputs = build(case, torch.float32), case.inputs(6, torch.float32)
-    plan = Plan(forced=dict.fromkeys((n for n, _ in model.named_parameters()), "product"))
+    plan = Plan(forced=dict.fromkeys((n for n, _ in model.named_parameters()), "gram"))
     for gradient in captured(model, inputs, plan).values():
         assert gradient is not None
         operands = {
@@ -136,7 +136,7 @@ def test_rows_of_one_record_fold_into_it(case: LayerCase):
     """Two consecutive rows a record: the gradient is that of their summed loss."""
     model, inputs = build(case, torch.float64), case.inputs(6, torch.float64)
     rows = grads_one_by_one(model, inputs)
-    for method in ("product", "kept"):
+    for method in ("gram", "kept"):
         plan = Plan(forced=dict.fromkeys(rows, method))
         for name, gradient in captured(model, inputs, plan, rows_per_record=2).items():
             assert gradient is not None and gradient.records == 3
@@ -251,5 +251,5 @@ def test_embedding_options_that_mix_records_are_refused():
 def test_a_product_over_too_many_positions_cannot_be_forced():
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="5000 positions"):
-        captured(model, torch.randn(1, 5000, 2), Plan(forced={"weight": "product"}))
+        captured(model, torch.randn(1, 5000, 2), Plan(forced={"weight": "gram"}))
     assert captured(model, torch.randn(1, 5000, 2))["weight"] is not None

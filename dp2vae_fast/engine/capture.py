@@ -166,13 +166,15 @@ class Capture:
                 f"the input of layer {changed[0]!r} was modified in place between the backward pass and the step: "
                 "step first"
             )
+        whole = [None if uses is None else add(uses) for uses in found]
+        self.plan.prepare([(self.name_of(p), g) for p, g in zip(parameters, whole, strict=True) if g is not None][::-1])
         return [
-            None if uses is None else self.plan.realize(self.name_of(p), add(uses))
-            for p, uses in zip(parameters, found, strict=True)
+            None if g is None else self.plan.realize(self.name_of(p), g) for p, g in zip(parameters, whole, strict=True)
         ]
 
     def _check_first_batch(self) -> None:
         """Compare the whole book with autograd, whichever part of it is asked for."""
+        self.plan.prepare([(self.name_of(p), g) for p, uses in self._book.items() for g in uses])
         found = {
             name: (p, [self.plan.realize(name, g) for g in self._book.get(p, [])])
             for p, name in self._names.items()
@@ -400,10 +402,11 @@ class Capture:
                 )
             gradient = found[key]
             gradient = Kept(gradient) if isinstance(gradient, Tensor) else gradient
-            if not isinstance(gradient, Kept):
-                self._held.append((name, activations, activations._version))
             if self.rows_per_record > 1 and rows:
                 gradient = gradient.fold(self.rows_per_record)
+            gradient = self.plan.kept_at_once(self.name_of(parameter), gradient)
+            if not isinstance(gradient, Kept):
+                self._held.append((name, activations, activations._version))
             self._book.setdefault(parameter, []).append(gradient)
 
     def _run_by_record(

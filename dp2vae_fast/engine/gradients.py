@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .cost import Cost, Method
 from .precision import PARTS_PER_BLOCK, RECORDS_PER_PART
 
-# An addition of the pixel-Gram combine pass, in multiply-adds of a matrix product: it moves bytes where a product
-# does arithmetic.
-_COMBINE = 4
+# An addition of the pixel-Gram combine pass, in multiply-adds of a Gram matrix with both halves counted: it moves bytes
+# where a matrix product does arithmetic.
+_COMBINE = 9
 _ROWS = RECORDS_PER_PART * PARTS_PER_BLOCK
 
 
@@ -59,19 +60,45 @@ class Gradient(Protocol):
         """Sum over consecutive rows: ``N * rows_per_record`` rows become N records."""
         ...
 
+    @property
+    def device(self) -> torch.device: ...
+
+    def ways(self) -> tuple[Method, ...]:
+        """Of taking norm and weighted sum: those of :mod:`.plan` that this kind of gradient has."""
+        ...
+
+    def directly(self) -> Gradient:
+        """The same, with norms taken by forming each gradient and forgetting it."""
+        ...
+
     def cost(self) -> Cost:
         """What the planner weighs: the sizes of this gradient."""
         ...
 
+    def describe(self) -> str:
+        """Everything but the numbers of one record, for telling shapes apart."""
+        ...
 
-@dataclass(frozen=True)
-class Cost:
-    """What the two roads of one parameter cost: counts a record, for comparison with each other."""
+    def like(self, records: int) -> Gradient:
+        """One of random numbers, of the same shape."""
+        ...
 
-    numbers: int  # elements of one record's gradient
-    form: int  # multiply-adds to form it, which is also what its share of the weighted sum takes
-    gram: int  # multiply-adds of its norm by Gram matrices
-    positions: int = 1  # T, over which a product sums
+
+def _bytes(x: Tensor) -> int:
+    """Of one record."""
+    return x.shape[1:].numel() * x.element_size()
+
+
+def _describe(x: Tensor) -> str:
+    order = sorted(range(1, x.dim()), key=lambda d: -x.stride(d))
+    return f"{list(x.shape[1:])} {order} {x.dtype}"
+
+
+def _random_like(x: Tensor, records: int) -> Tensor:
+    """``records`` rows of random numbers, lying in memory as those of ``x`` do."""
+    order = sorted(range(1, x.dim()), key=lambda d: -x.stride(d))
+    lying = torch.randn(records, *(x.shape[d] for d in order), dtype=torch.float32, device=x.device).to(x.dtype)
+    return lying.permute(0, *(1 + order.index(d) for d in range(1, x.dim())))
 
 
 def _zeroed(x: Tensor, factors: Tensor) -> Tensor:
@@ -133,9 +160,24 @@ class Kept:
     def fold(self, rows_per_record: int) -> Kept:
         return Kept(self.grad_sample().unflatten(0, (-1, rows_per_record)).sum(1))
 
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def ways(self) -> tuple[Method, ...]:
+        return ("kept",)
+
+    def directly(self) -> Kept:
+        return self
+
     def cost(self) -> Cost:
-        numbers = math.prod(self.values.shape[1:])
-        return Cost(numbers, form=0, gram=numbers)
+        return Cost(1, self.values.shape[1:].numel(), 1)
+
+    def describe(self) -> str:
+        return f"kept {list(self.values.shape[1:])} {self.values.dtype}"
+
+    def like(self, records: int) -> Kept:
+        return Kept(_random_like(self.values, records))
 
 
 @dataclass(frozen=True)
@@ -181,9 +223,25 @@ class LinearProduct:
 
         return LinearProduct(joined(self.activations), joined(self.backprops))
 
+    @property
+    def device(self) -> torch.device:
+        return self.backprops.device
+
+    def ways(self) -> tuple[Method, ...]:
+        return ("gram", "direct", "kept") if self.activations.shape[1] > 1 else ("gram", "kept")
+
+    def directly(self) -> LinearProduct:
+        return replace(self, direct=True)
+
     def cost(self) -> Cost:
         (_, t, d), p = self.activations.shape, self.backprops.shape[2]
-        return Cost(d * p, form=t * d * p, gram=t * t * (d + p) if t > 1 else d + p, positions=t)
+        return Cost(t, d, p, t * t * (d + p) if t > 1 else d + p, _bytes(self.activations), _bytes(self.backprops))
+
+    def describe(self) -> str:
+        return f"linear {_describe(self.activations)} {_describe(self.backprops)}"
+
+    def like(self, records: int) -> LinearProduct:
+        return LinearProduct(_random_like(self.activations, records), _random_like(self.backprops, records))
 
 
 @dataclass(frozen=True)
@@ -244,14 +302,31 @@ class ConvProduct:
     def fold(self, rows_per_record: int) -> Kept:
         return self.kept().fold(rows_per_record)
 
+    @property
+    def device(self) -> torch.device:
+        return self.backprops.device
+
+    def ways(self) -> tuple[Method, ...]:
+        return ("gram", "direct", "kept")
+
+    def directly(self) -> ConvProduct:
+        return replace(self, direct=True)
+
     def cost(self) -> Cost:
         g = self.geometry
         plain, spread = (self.activations, self.backprops) if g.transposed else (self.backprops, self.activations)
         positions, taps = math.prod(plain.shape[2:]), math.prod(g.weight_shape[2:])
         phases = math.prod(min(s, k) for s, k in zip(g.stride, g.weight_shape[2:], strict=True))
-        numbers = math.prod(g.weight_shape)
-        products = plain.shape[1] + phases * spread.shape[1] + _COMBINE * taps * g.groups
-        return Cost(numbers, form=positions * numbers, gram=positions**2 * products, positions=positions)
+        gram = positions**2 * (plain.shape[1] + phases * spread.shape[1] + _COMBINE * taps * g.groups)
+        sizes = (_bytes(self.activations), _bytes(self.backprops))
+        return Cost(positions, g.weight_shape[1] * taps, g.weight_shape[0], gram, *sizes)
+
+    def describe(self) -> str:
+        return f"{self.geometry} {_describe(self.activations)} {_describe(self.backprops)}"
+
+    def like(self, records: int) -> ConvProduct:
+        pair = _random_like(self.activations, records), _random_like(self.backprops, records)
+        return ConvProduct(*pair, self.geometry)
 
 
 @dataclass(frozen=True)
@@ -293,9 +368,26 @@ class EmbeddingProduct:
 
         return replace(self, indices=joined(self.indices), backprops=joined(self.backprops))
 
+    @property
+    def device(self) -> torch.device:
+        return self.backprops.device
+
+    def ways(self) -> tuple[Method, ...]:
+        return ("gram", "kept")
+
+    def directly(self) -> EmbeddingProduct:
+        return self
+
     def cost(self) -> Cost:
         (_, t, d) = self.backprops.shape
-        return Cost(self.entries * d, form=t * d, gram=t * t * d, positions=t)
+        return Cost(t, self.entries, d, t * t * d, _bytes(self.indices), _bytes(self.backprops))
+
+    def describe(self) -> str:
+        return f"embedding {self.entries} {_describe(self.backprops)}"
+
+    def like(self, records: int) -> EmbeddingProduct:
+        indices = torch.randint(self.entries, (records, *self.indices.shape[1:]), device=self.device)
+        return replace(self, indices=indices, backprops=_random_like(self.backprops, records))
 
 
 def add(gradients: list[Gradient]) -> Gradient:

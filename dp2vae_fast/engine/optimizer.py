@@ -47,9 +47,9 @@ class DPOptimizer(OpacusDPOptimizer):
         stream: where noise comes from.
         clipping: from squared norms to factors; flat clipping unless given.
         materialize_grad: keep the private gradient in ``p.grad`` and call the inner optimizer's own ``step``.
-        sum_dtype: in which gradients of layers that use their weight at several positions are multiplied and added
-            up. float32 is faster, on GPUs without fast float64 by far, and leaves the rounding of these sums out of
-            :meth:`sensitivity`.
+        sum_dtype: float32 leaves products over several positions to the vendor library, which adds up all records at
+            once, and their rounding out of :meth:`sensitivity`. That is faster where no native kernel keeps records
+            apart and float64 is slow.
 
     Attributes:
         padded: every physical batch is announced by :meth:`next_physical_batch`; one that is not raises.
@@ -167,8 +167,11 @@ class DPOptimizer(OpacusDPOptimizer):
         scale = records if self.loss_reduction == "mean" else 1  # undo the mean's division by this batch's own size
         factors = self.clipping.factors(used, self.max_grad_norm, scale, mask)
         self._bound = max(self._bound, self.clipping.sensitivity(self.max_grad_norm))
-        for p, g in used.items():
+        del gradients
+        while used:  # one after the other, so that what a gradient is made from can go as soon as it is added
+            p, g = used.popitem()
             weighted = g.weighted_sum(factors[p], self.sum_dtype)
+            del g
             pending = self._sums.get(p)
             self._sums[p] = weighted if pending is None else pending.double().add_(weighted)
 

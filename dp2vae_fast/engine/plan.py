@@ -1,79 +1,148 @@
-"""Which parameters' per-sample gradients are formed and kept, and which never exist.
+"""By which of the exact ways every parameter's per-sample gradients are clipped and summed.
 
-Both roads are exact; they differ in time, in memory and in how far the error bound of the norm lies above it. So the
-choice must not depend on how many records were drawn: one record more could change the factors of all the others.
-``product`` takes the norm by Gram matrices and the weighted gradient by the vendor library afterwards; ``kept`` forms
-each record's gradient once, after which norm and weighted sum are reads.
+``gram``    the norm by Gram matrices, then the weighted sum of all records at once: no gradient ever exists
+``direct``  each gradient is formed, squared and forgotten, then the weighted sum as above
+``kept``    each gradient is formed once and kept; norm and weighted sum are reads
+
+They differ in time, in memory and in how far the error bound of the norm lies above it. So the choice must not depend
+on how many records were drawn: one record more could change the factors of all the others. It is made from the sizes of
+one record, by a cost model (:mod:`.cost`) or by timing the ways on random numbers (:mod:`.timing`), under a budget of
+memory.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from .gradients import Cost, Gradient, Kept
+from ..ops import native_kernels
+from . import timing
+from .cost import METHODS, NATIVE, REFERENCE, Cost, Method
+from .gradients import Gradient, Kept
 from .precision import MAX_POSITIONS
 
-Method = Literal["product", "kept"]
-
-# Cost of writing and reading back one number of a kept gradient, in multiply-adds of a matrix product. Measured on
-# a two-core x86-64 CPU on transposed convolutions of 16 to 1024 positions; it only moves the crossover.
-_KEPT_NUMBER = 60.0
-# From so many positions on, float32 Gram norms of incoherent gradients have error bounds above one per cent, and are
-# mostly taken again in float64 (`clipping.bounded_norms`): what that costs, in Gram norms of float32.
-_LOOSE_POSITIONS, _REPEATED = 256, 3.0
-# A weighted sum over positions is formed in float64: what that costs, in float32 products.
-_WIDE = 3.0
+Key = tuple[str, Cost]
+# A way predicted to take so many times as long as the fastest is not timed.
+_HOPELESS = 4.0
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One row of the plan's table, for one record. Costs are multiply-adds, for comparison with each other only."""
+    """One row of the plan: a parameter's gradients, and what every way of taking them costs.
+
+    Attributes:
+        times: nanoseconds a record, predicted or measured.
+        measured: which of the two.
+    """
 
     parameter: str
-    method: Method
     cost: Cost
-    product_cost: float
-    kept_cost: float
-    kept_bytes: int
+    method: Method
+    times: Mapping[Method, float]
+    measured: bool = False
+
+    @property
+    def held(self) -> int:
+        """Bytes a record that the chosen way holds until the weighted sum."""
+        return self.cost.held(self.method)
 
 
 @dataclass
 class Plan:
-    """Chooses and remembers, per parameter and shape.
+    """Chooses and remembers.
 
     Args:
-        forced: parameter name -> method, overriding the cost model.
-        exact_sums: weighted sums over positions are formed in float64 (:mod:`.precision`), which costs products more.
-        max_kept_bytes: budget for one record's kept gradient of one parameter; above it a product is used. Gradients
-            that a rule forms anyway (biases, affine scales, the vmap fallback) are not counted.
+        forced: parameter name -> way, overriding everything.
+        max_memory_overhead: peak memory of a step over that of an ordinary one, as far as layers' inputs, outputs and
+            kept gradients decide it; an ordinary step is taken to hold inputs and outputs of its layers twice, once for
+            the layers and once for what stands between them. ``math.inf``: the fastest way for all.
+        measure: time the ways on random numbers the first time that a shape is seen on this machine.
+
+    Attributes:
+        choices: the latest, by parameter.
     """
 
-    forced: dict[str, Method] = field(default_factory=dict)
-    max_kept_bytes: int = 2**20
-    exact_sums: bool = True
-    choices: dict[str, Choice] = field(default_factory=dict)
+    forced: Mapping[str, Method] = field(default_factory=dict)
+    max_memory_overhead: float = 1.25
+    measure: bool = False
+    choices: dict[str, Choice] = field(default_factory=dict, init=False)
+    _settled: dict[Key, Choice] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if unknown := [m for m in self.forced.values() if m not in METHODS]:
+            raise ValueError(f"a plan cannot force {unknown[0]!r}: choose among {', '.join(METHODS)}")
+        if not self.max_memory_overhead >= 1.0:
+            raise ValueError(f"max_memory_overhead is {self.max_memory_overhead}: it is a ratio of at least 1")
+
+    def prepare(self, gradients: Sequence[tuple[str, Gradient]]) -> None:
+        """Choose for the gradients of one backward pass, in its order, where any of them is new."""
+        keyed = [(name, g, g.cost()) for name, g in gradients if not isinstance(g, Kept)]
+        if all((name, cost) in self._settled for name, _, cost in keyed):
+            return
+        choices = [self._settled.get((name, cost)) or self._candidate(name, g, cost) for name, g, cost in keyed]
+        for choice in self._within_budget(choices):
+            self.choices[choice.parameter] = self._settled[choice.parameter, choice.cost] = choice
 
     def realize(self, parameter: str, gradient: Gradient) -> Gradient:
         """``gradient`` in the form chosen for it."""
         if isinstance(gradient, Kept):
             return gradient
-        choice = self.choices.get(parameter)
-        if choice is None or choice.cost != gradient.cost():
-            choice = self.choices[parameter] = self._choose(parameter, gradient.cost())
-        return gradient.kept() if choice.method == "kept" else gradient
+        self.prepare([(parameter, gradient)])
+        method = self._settled[parameter, gradient.cost()].method
+        return gradient.kept() if method == "kept" else gradient.directly() if method == "direct" else gradient
 
-    def _choose(self, parameter: str, c: Cost) -> Choice:
-        product = c.form * (_WIDE if c.positions > 1 and self.exact_sums else 1.0)
-        product += c.gram * (_REPEATED if c.positions >= _LOOSE_POSITIONS else 1.0)
-        kept = c.form + _KEPT_NUMBER * c.numbers
-        kept_bytes = 4 * c.numbers
-        cheaper: Method = "kept" if kept < product and kept_bytes <= self.max_kept_bytes else "product"
-        if c.positions > MAX_POSITIONS:
-            cheaper = "kept"
-            if self.forced.get(parameter) == "product":
-                raise ValueError(
-                    f"parameter {parameter!r} cannot be a product over {c.positions} positions, more than "
-                    f"{MAX_POSITIONS}: force 'kept', or nothing"
-                )
-        return Choice(parameter, self.forced.get(parameter, cheaper), c, product, kept, kept_bytes)
+    def kept_at_once(self, parameter: str, gradient: Gradient) -> Gradient:
+        """The gradient kept, where that has been chosen already, so that its operands can go."""
+        if isinstance(gradient, Kept):
+            return gradient
+        choice = self._settled.get((parameter, gradient.cost()))
+        return gradient.kept() if choice is not None and choice.method == "kept" else gradient
+
+    def _candidate(self, parameter: str, gradient: Gradient, cost: Cost) -> Choice:
+        rates = NATIVE if native_kernels() and gradient.device.type == "cpu" else REFERENCE
+        usable: list[Method] = [
+            m for m in METHODS if m in gradient.ways() and (m == "kept" or cost.positions <= MAX_POSITIONS)
+        ]
+        forced = self.forced.get(parameter)
+        if forced is not None and forced not in usable:
+            reason = f"over {cost.positions} positions, more than {MAX_POSITIONS}"
+            raise ValueError(
+                f"parameter {parameter!r} cannot be taken by {forced!r} {reason}: force 'kept', or nothing"
+            )
+        times: dict[Method, float] = {m: rates.time(cost, m) for m in usable}
+        if self.measure and forced is None:
+            hopeful: list[Method] = [m for m in usable if times[m] <= _HOPELESS * min(times.values())]
+            times = {m: timing.measured(gradient, m) for m in hopeful}
+        method: Method = forced or min(times, key=lambda m: times[m])
+        return Choice(parameter, cost, method, times, measured=self.measure and forced is None)
+
+    def _within_budget(self, choices: list[Choice]) -> list[Choice]:
+        """The choices, changed one by one where that frees most memory for its time, until the budget is kept."""
+        choices = list(choices)
+        while (before := memory_overhead(choices)) > self.max_memory_overhead:
+            best, found = 0.0, None
+            for i, choice in enumerate(choices):
+                for method in choice.times if choice.parameter not in self.forced else ():
+                    other = replace(choice, method=method)
+                    freed = before - memory_overhead([*choices[:i], other, *choices[i + 1 :]])
+                    slower = choice.times[method] - choice.times[choice.method]
+                    worth = freed / max(slower, 1e-9)
+                    if freed > 0 and worth > best:
+                        best, found = worth, (i, other)
+            if found is None:
+                break
+            choices[found[0]] = found[1]
+        return choices
+
+
+def memory_overhead(choices: Sequence[Choice]) -> float:
+    """Peak of a backward pass through these gradients, the last layer first, over an ordinary one's (:class:`Plan`)."""
+    waiting = sum(c.cost.operands for c in choices)
+    if waiting == 0:
+        return 1.0
+    ordinary, held, peak = 2 * waiting, 0, waiting
+    for choice in choices:
+        waiting -= choice.cost.operands
+        held += choice.held
+        peak = max(peak, waiting + held)
+    return (peak + ordinary / 2) / ordinary

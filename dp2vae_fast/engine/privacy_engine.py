@@ -25,6 +25,7 @@ from .keystream import Keystream
 from .loader import PoissonDataLoader, public_rate
 from .module import FusedGradSampleHooks, FusedGradSampleModule
 from .optimizer import DPOptimizer
+from .plan import Plan
 from .sampling import PoissonSampler
 
 FUSED = "fused"
@@ -124,6 +125,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             physical_batch_size: yield padded batches of this many rows, several a step where a draw is larger. Padding
                 contributes nothing; ``data_loader.mask`` says which rows are padding.
             options: of mode "fused": ``rows_per_record`` and ``verify_first_step`` (:class:`~.capture.Capture`),
+                ``plan`` or just its ``max_memory_overhead`` (:class:`~.plan.Plan`),
                 ``materialize_grad`` and ``sum_dtype`` (:class:`~.optimizer.DPOptimizer`), ``count_rounding``; with
                 clipping "automatic" ``stability``; with clipping "adaptive", as in Opacus,
                 ``target_unclipped_quantile``, ``clipbound_learning_rate``, ``min_clipbound``, ``max_clipbound``,
@@ -343,15 +345,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
             optimizer = optimizer.original_optimizer
         capture = self._capture_of(optimizer)
         rows, verify = kwargs.pop("rows_per_record", None), kwargs.pop("verify_first_step", True)
-        self._set_capture(capture, rows, verify, kwargs.get("sum_dtype"))
+        self._set_capture(capture, rows, verify, _plan_of(kwargs))
         kwargs["clipping"], kwargs["max_grad_norm"] = self._clipping(capture, optimizer, keystream, kwargs)
         kind = DistributedDPOptimizer if several else DPOptimizer
         return kind(optimizer, capture=capture, stream=keystream.stream("DP-SGD"), **several, **kwargs)
 
     @staticmethod
-    def _set_capture(
-        capture: Capture, rows_per_record: int | None, verify: bool, sum_dtype: torch.dtype | None
-    ) -> None:
+    def _set_capture(capture: Capture, rows_per_record: int | None, verify: bool, plan: Plan | None) -> None:
         """What an optimizer asks of the capture, which it may share with others."""
         shared = bool(capture.owners)
         if rows_per_record is not None and rows_per_record != capture.rows_per_record:
@@ -363,8 +363,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             capture.set_rows_per_record(rows_per_record)
         if not verify and not shared:
             capture.first_batch.turn_off()
-        if sum_dtype == torch.float32:
-            capture.plan.exact_sums = False
+        if plan is not None:
+            capture.plan = plan
 
     def _clipping(
         self, capture: Capture, optimizer: Optimizer, keystream: Keystream, options: dict[str, Any]
@@ -456,3 +456,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
             if parameters <= set(module.parameters()):
                 return capture
         raise ValueError("the optimizer's parameters are not those of a module that this engine made private")
+
+
+def _plan_of(options: dict[str, Any]) -> Plan | None:
+    """The plan that ``options`` ask for, taken out of them."""
+    plan, overhead = options.pop("plan", None), options.pop("max_memory_overhead", None)
+    if plan is not None and overhead is not None:
+        raise ValueError("plan and max_memory_overhead are both given: set the plan's own max_memory_overhead")
+    return Plan(max_memory_overhead=overhead) if overhead is not None else plan

@@ -19,6 +19,7 @@ from dp2vae_fast.ops.gradient import (
     linear_kept,
     linear_weighted_sum,
 )
+from dp2vae_fast.ops.machine import instruction_set, native_kernels, processor
 from dp2vae_fast.ops.noise import add_noise_, noise_adam_, noise_sgd_, random_words
 from dp2vae_fast.ops.norm import (
     conv_norm_sq,
@@ -42,16 +43,19 @@ __all__ = [
     "embedding_norm_sq",
     "grad_sample_norm_sq",
     "group_norm_grad_sample",
+    "instruction_set",
     "kept_weighted_sum",
     "layer_norm_grad_sample",
     "linear_direct_norm_sq",
     "linear_kept",
     "linear_norm_sq",
     "linear_weighted_sum",
+    "native_kernels",
     "noise_adam_",
     "noise_sgd_",
     "normalize_factors",
     "per_dim",
+    "processor",
     "random_words",
     "widen",
 ]
