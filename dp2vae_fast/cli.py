@@ -1,4 +1,4 @@
-"""The command line: ``dp2vae train | sample | evaluate | audit | info``.
+"""The command line: ``dp2vae train | sample | evaluate | audit | plan | info``.
 
 Every error that a user can cause ends as one line on standard error and exit code 2.
 """
@@ -16,10 +16,11 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from .config import Config, ConfigError, load_config, recipes
 from .engine.audit import Check
+from .engine.plan import Plan, memory_overhead
 from .ops import backends_table
 from .runs.checkpoint import RunError, write_atomic, write_json
 from .runs.environment import versions
@@ -190,6 +191,30 @@ def audit(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str | None, typer.Option(help=f"One of {', '.join(recipes())}.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file of settings; a flag beats it.")] = None,
+    data: Annotated[str | None, typer.Option(help="As of train; only the images' shape matters.")] = None,
+    max_memory_overhead: Annotated[float | None, typer.Option(help="Peak memory over an ordinary step's.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time the ways, on random numbers.")] = False,
+    settings: Setting = None,
+) -> None:
+    """How every layer's per-sample gradients will be clipped and summed, and what each way costs."""
+    changes = _parse_settings(settings)
+    for name, value in (
+        ("data", data),
+        ("max_memory_overhead", max_memory_overhead),
+        ("measure_plan", measure or None),
+    ):
+        if value is not None:
+            changes[name] = value
+    if recipe is None and config is None:
+        recipe = "digits"
+    trainer = Trainer(config=load_config(recipe=recipe, file=config, overrides=changes))
+    _print_plan(trainer.plan(), trainer.config.performance.physical_batch_size)
+
+
+@app.command()
 def info() -> None:
     """Versions, devices, and which backend of every op is available here."""
     found = versions() | {"cuda": torch.version.cuda or "not in this build of torch"}
@@ -316,6 +341,37 @@ def _print_checks(checks: Sequence[Check]) -> None:
         table.add_row(check.name, verdict, f"{check.measured:.6g}", limit, check.explanation)
     _out.print(table)
     _out.print("These figures are not private: they are for the curator. An audit finds faults; it proves nothing.")
+
+
+def _print_plan(made: Plan, rows: int) -> None:
+    """One line a weight; times of a physical batch of so many rows, and what is held of it."""
+
+    def ms(nanoseconds: float) -> str:
+        return f"{nanoseconds * rows / 1e6:.2f}"
+
+    table = Table(
+        Column("parameter", overflow="fold"), "T", "D", "P", "way", "predicted", "measured", "next best", "MiB"
+    )
+    for choice in made.choices.values():
+        cost, times = choice.cost, choice.times
+        others = sorted((time, way) for way, time in times.items() if way != choice.method)
+        table.add_row(
+            choice.parameter,
+            *map(str, (cost.positions, cost.inputs, cost.outputs)),
+            choice.method,
+            ms(choice.predicted[choice.method]),
+            ms(choice.measured[choice.method]) if choice.measured else "",
+            f"{others[0][1]} {ms(others[0][0])}" if others else "",
+            f"{choice.held * rows / 2**20:.1f}",
+        )
+    _out.print(table)
+    overhead = memory_overhead(list(made.choices.values()))
+    _out.print(
+        f"Milliseconds and MiB held, of {rows} rows. Peak memory over an ordinary step's, as the plan reckons: "
+        f"{overhead:.2f}, of at most {made.max_memory_overhead:g}. Biases and scales of norm layers are always kept.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _print_result(out: Path, report: dict[str, Any], metrics: dict[str, Any] | None) -> None:

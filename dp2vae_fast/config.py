@@ -120,6 +120,8 @@ class PerformanceConfig:
     device: str = "auto"
     threads: int | None = None
     physical_batch_size: int = 256
+    max_memory_overhead: float = 1.25
+    measure_plan: bool = False
     checkpoint_every: int = 50
 
 
@@ -293,6 +295,7 @@ def validate(config: Config) -> None:
         raise ConfigError('iwae_samples above 1 puts several rows to a record: it needs engine = "fused"')
     _check(performance, "threads", performance.threads is None or performance.threads >= 1, "at least 1")
     _check(performance, "physical_batch_size", performance.physical_batch_size >= 1, "at least 1")
+    _check(performance, "max_memory_overhead", performance.max_memory_overhead >= 1, "at least 1")
     _check(performance, "checkpoint_every", performance.checkpoint_every >= 1, "at least 1")
 
 

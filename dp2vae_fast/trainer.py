@@ -18,6 +18,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .config import Config, ConfigError, load_config
 from .engine.audit import Check
+from .engine.plan import Plan
+from .engine.planning import plan_for
 from .runs.folder import RunFolder, check_output
 from .runs.interrupt import StopRequest
 from .runs.keys import take_keys
@@ -31,7 +33,7 @@ from .vae.loop import make_optimizer
 from .vae.models import Decoder, ModelSpec, build_decoder
 from .vae.release import save_for_curator, save_release
 from .vae.report import report_on
-from .vae.stage import GeneratorState, Progress, Stage, Stateful
+from .vae.stage import GeneratorState, Progress, Stage, Stateful, plan_of
 
 
 class Trainer:
@@ -156,6 +158,21 @@ class Trainer:
                 return Stage(config, spec, records, budget, run, keys, device, stop, self.observer)
 
             return audit_run(stage(train), stage, canaries=canaries)
+
+    def plan(self, rows: int = 2) -> Plan:
+        """How stage 2 will take the decoder's per-sample gradients, layer by layer; nothing is trained or written.
+
+        Args:
+            rows: of the made-up batch that goes through the decoder. The plan does not depend on it.
+        """
+        config = self.config
+        device = find_device(config.performance.device)
+        spec = model_spec(config, load_split(config, self._images)[0])
+        decoder = build_decoder(spec).to(device)
+        rows *= config.model.iwae_samples
+        labels = torch.zeros(rows, dtype=torch.long, device=device) if spec.num_classes else None
+        latents = torch.zeros(rows, spec.latent_dim, device=device)
+        return plan_for(decoder, latents, labels, plan=plan_of(config), rows_per_record=config.model.iwae_samples)
 
     def evaluate(self, features: Sequence[str] = ("cnn",), samples: int = 5000, seed: int = 0) -> dict[str, Any]:
         """The content of ``metrics.json``, from ``samples`` synthetic images and the held-out real ones.

@@ -31,15 +31,20 @@ class Choice:
     """One row of the plan: a parameter's gradients, and what every way of taking them costs.
 
     Attributes:
-        times: nanoseconds a record, predicted or measured.
-        measured: which of the two.
+        predicted: nanoseconds a record, of every way that there is.
+        measured: the same, of those that were timed.
     """
 
     parameter: str
     cost: Cost
     method: Method
-    times: Mapping[Method, float]
-    measured: bool = False
+    predicted: Mapping[Method, float]
+    measured: Mapping[Method, float]
+
+    @property
+    def times(self) -> Mapping[Method, float]:
+        """What was chosen by."""
+        return self.measured or self.predicted
 
     @property
     def held(self) -> int:
@@ -109,12 +114,16 @@ class Plan:
             raise ValueError(
                 f"parameter {parameter!r} cannot be taken by {forced!r} {reason}: force 'kept', or nothing"
             )
-        times: dict[Method, float] = {m: rates.time(cost, m) for m in usable}
-        if self.measure and forced is None:
-            hopeful: list[Method] = [m for m in usable if times[m] <= _HOPELESS * min(times.values())]
-            times = {m: timing.measured(gradient, m) for m in hopeful}
-        method: Method = forced or min(times, key=lambda m: times[m])
-        return Choice(parameter, cost, method, times, measured=self.measure and forced is None)
+        predicted: dict[Method, float] = {m: rates.time(cost, m) for m in usable}
+        if forced is not None:
+            return Choice(parameter, cost, forced, predicted, {})
+        measured: dict[Method, float] = {}
+        if self.measure:
+            hopeful: list[Method] = [m for m in usable if predicted[m] <= _HOPELESS * min(predicted.values())]
+            measured = {m: timing.measured(gradient, m) for m in hopeful}
+        times = measured or predicted
+        fastest: Method = min(times, key=lambda m: times[m])
+        return Choice(parameter, cost, fastest, predicted, measured)
 
     def _within_budget(self, choices: list[Choice]) -> list[Choice]:
         """The choices, changed one by one where that frees most memory for its time, until the budget is kept."""

@@ -16,6 +16,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..engine.accounting import Mechanism
 from ..engine.keystream import Keystream
+from ..engine.plan import Plan
 from ..engine.privacy_engine import PrivacyEngine
 from ..engine.sampling import PhysicalBatch, PoissonBatches
 from ..runs.ledger import Ledger
@@ -84,6 +85,7 @@ def dp_sgd(
     ledger: Ledger,
     engine: str = "fused",
     physical_batch_size: int = 256,
+    plan: Plan | None = None,
     first_step: int = 0,
     on_step: Callable[[StepInfo], None] | None = None,
 ) -> None:
@@ -96,6 +98,7 @@ def dp_sgd(
         engine: ``"fused"``, or ``"opacus"`` for the same loop through Opacus' own per-sample gradients.
         physical_batch_size: rows in memory at a time. It changes neither what is drawn nor what is accounted; the
             result changes by rounding, and where ``record_losses`` draws by place, by what each row gets.
+        plan: how the fused engine takes per-sample gradients; changes the result by rounding.
         first_step: how many steps count as spent already.
         on_step: hears of every finished step; what it raises ends the loop between two steps.
     """
@@ -106,7 +109,7 @@ def dp_sgd(
         sample_rate=dp.sample_rate,
         physical_batch_size=physical_batch_size,
     )
-    private_module, private_optimizer = privatize(module, optimizer, dp, keystream, engine)
+    private_module, private_optimizer = privatize(module, optimizer, dp, keystream, engine, plan)
     coins.advance_to(0, coin_step=first_step)
     private_optimizer.stream.advance_to(first_step)
     device = next(module.parameters()).device
@@ -146,7 +149,12 @@ def step_on(
 
 
 def privatize(
-    module: nn.Module, optimizer: Optimizer, dp: StepMechanism, keystream: Keystream, engine: str
+    module: nn.Module,
+    optimizer: Optimizer,
+    dp: StepMechanism,
+    keystream: Keystream,
+    engine: str,
+    plan: Plan | None = None,
 ) -> tuple[Any, Any]:
     """The two engines differ here and nowhere else. The mean's divisor is the physical batch size, which is a
     constant."""
@@ -172,4 +180,5 @@ def privatize(
         expected_batch_size=dp.expected_batch_size,
         loss_reduction="mean",
         rows_per_record=dp.rows_per_record,
+        plan=plan,
     )

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..config import Config
 from ..engine.accounting import Mechanism, epsilon
 from ..engine.keystream import Stream
+from ..engine.plan import Plan
 from ..runs.checkpoint import RunError
 from ..runs.folder import RunFolder
 from ..runs.interrupt import StopRequest
@@ -166,6 +167,7 @@ class Stage:
             ledger=ledger,
             engine=performance.engine,
             physical_batch_size=performance.physical_batch_size,
+            plan=plan_of(self.config),
             first_step=first_step,
             on_step=after,
         )
@@ -209,6 +211,12 @@ class Stage:
                 part.load_state_dict(state["parts"][name])
         self.history[:] = state["history"]
         return state["step"]
+
+
+def plan_of(config: Config) -> Plan:
+    """An empty plan with the settings of a run."""
+    performance = config.performance
+    return Plan(max_memory_overhead=performance.max_memory_overhead, measure=performance.measure_plan)
 
 
 def _file(name: str) -> str:
