@@ -86,7 +86,8 @@ void Buffer::zero() { std::memset(data_, 0, sizeof(float) * floats_); }
 torch::stable::Tensor pooled(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
   int64_t floats = 1;
   for (const int64_t size : sizes) floats *= size;
-  return torch::stable::from_blob(take(floats), sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+  return torch::stable::from_blob(take(floats), sizes, strides,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                   torch::headeronly::ScalarType::Float, give_back);
 }
 

@@ -32,6 +32,8 @@ struct GramPhase {
   int64_t size[3];
   const GramTap* taps;
   int64_t tap_count;
+  const int32_t* source;  // where the pixel of a number lies in a channel, for all of `size`; null where
+                          // numbers have gaps
 };
 
 struct GramPlan {

@@ -32,6 +32,17 @@ void gather(const Operand& o, const GramPlan& plan, int64_t n, int64_t first, in
          : gather<float>(o, plan, n, first, channels, size, start, hop, to);
 }
 
+// The pixels of a phase, channel by channel; the rest of each row is set to zero.
+DP2VAE_INLINE void look_up(const float* from, int64_t from_step, const GramPhase& phase, int64_t channels,
+                           float* to, int64_t to_step) {
+  const int64_t count = phase.size[0] * phase.size[1] * phase.size[2];
+  const int32_t* const source = phase.source;
+  for (int64_t c = 0; c < channels; ++c, from += from_step, to += to_step) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[source[i]];
+    for (int64_t i = count; i < to_step; ++i) to[i] = 0;
+  }
+}
+
 // Rows `row` of the Gram matrix of an operand, from column `from` on (rounded down to a vector).
 DP2VAE_INLINE void gram_rows(const GramPlan& plan, const float* operand, int64_t channels, Span row,
                              int64_t from, float* out) {
@@ -128,8 +139,14 @@ GramNorm gram(const Product& p, const GramPlan& plan, int64_t n, const GramScrat
       }
       for (int64_t f = 0; f < plan.phase_count; ++f) {
         const GramPhase& phase = plan.phases[f];
-        memset(s.spread, 0, sizeof(float) * plan.operand_floats(p.channels));
-        gather(p.spread, plan, n, g * p.channels, p.channels, phase.size, phase.start, p.stride, s.spread);
+        if (phase.source && !p.spread.bf16) {
+          const auto* data = static_cast<const float*>(p.spread.data) + n * p.spread.record;
+          look_up(data + g * p.channels * p.spread.channel, p.spread.channel, phase, p.channels, s.spread,
+                  plan.step);
+        } else {
+          memset(s.spread, 0, sizeof(float) * plan.operand_floats(p.channels));
+          gather(p.spread, plan, n, g * p.channels, p.channels, phase.size, phase.start, p.stride, s.spread);
+        }
         gram_matrix(plan, s.spread, p.channels, s.x);
         combine(plan, phase, s, norm);
       }

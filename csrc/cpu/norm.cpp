@@ -36,12 +36,14 @@ struct Numbering {
   std::vector<std::vector<float>> masks;
   std::vector<std::vector<GramTap>> taps;
   std::vector<GramPhase> phases;
+  std::vector<std::vector<int32_t>> sources;
 
   Numbering(const Product& p, int64_t lanes);
   Numbering(const Numbering&) = delete;
 
  private:
   void add_phase(const Product& p, Triple phase, const std::vector<Triple>& shifts);
+  void add_source(const Product& p, GramPhase& phase);
 };
 
 Numbering::Numbering(const Product& p, int64_t lanes) {
@@ -75,6 +77,7 @@ Numbering::Numbering(const Product& p, int64_t lanes) {
   for (size_t i = 0; i < phases.size(); ++i) {
     phases[i].taps = taps[i].data();
     phases[i].tap_count = static_cast<int64_t>(taps[i].size());
+    add_source(p, phases[i]);
   }
   plan.phases = phases.data();
   plan.phase_count = static_cast<int64_t>(phases.size());
@@ -117,6 +120,24 @@ void Numbering::add_phase(const Product& p, Triple phase, const std::vector<Trip
   if (of_phase.empty()) return;
   taps.push_back(std::move(of_phase));
   phases.push_back(made);
+}
+
+void Numbering::add_source(const Product& p, GramPhase& phase) {
+  const bool gaps =
+      phase.size[2] != plan.row[0] || (phase.size[0] > 1 && phase.size[1] * phase.size[2] != plan.row[1]);
+  if (gaps) return;
+  std::vector<int32_t> source;
+  for (int64_t z = 0; z < phase.size[0]; ++z)
+    for (int64_t y = 0; y < phase.size[1]; ++y)
+      for (int64_t x = 0; x < phase.size[2]; ++x) {
+        const Triple at{z, y, x};
+        int64_t offset = 0;
+        for (int d = 0; d < 3; ++d) offset += (phase.start[d] + at[d] * p.stride[d]) * p.spread.axis[d];
+        if (offset > std::numeric_limits<int32_t>::max()) return;
+        source.push_back(static_cast<int32_t>(offset));
+      }
+  sources.push_back(std::move(source));
+  phase.source = sources.back().data();
 }
 
 // Float32 roundings that a term of the squared norm passes through, at most: in channel products, in their

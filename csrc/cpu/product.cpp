@@ -16,7 +16,7 @@
 namespace dp2vae {
 namespace {
 
-constexpr int64_t kBlockFloats = int64_t{1} << 19;  // of packed operands at a time
+constexpr int64_t kBlockFloats = int64_t{1} << 18;  // of packed operands at a time
 constexpr int64_t kRecordsPerPart = 128;  // whose sum is formed in float32: precision.py counts on it
 
 // A layout and what it points to.

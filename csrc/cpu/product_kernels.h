@@ -28,7 +28,8 @@ DP2VAE_INLINE Span span(int64_t n, int64_t parts, int64_t i) {
   return {begin, part_begin(n, parts, i + 1) - begin};
 }
 
-// to[i * to_step + k] = from[i * from_step + k * from_inner], along whichever index lies closer together.
+// to[i * to_step + k] = from[i * from_step + k * from_inner] for i < count, k < inner, along whichever index
+// lies closer together.
 template <class T>
 DP2VAE_INLINE void copy_block(const T* from, int64_t from_step, int64_t from_inner, int64_t count,
                               int64_t inner, float* to, int64_t to_step) {
@@ -44,6 +45,31 @@ DP2VAE_INLINE void copy_block(const T* from, int64_t from_step, int64_t from_inn
   }
 }
 
+// The same where rows of `to` are longer than `inner` or followed by others: blocks of lanes by lanes are
+// turned in registers. What lies behind the `inner` numbers of a row is overwritten, up to `limit`, before
+// the next row is.
+template <class T>
+DP2VAE_INLINE void turn_block(const T* from, int64_t from_step, int64_t from_inner, int64_t count,
+                              int64_t inner, float* to, int64_t to_step, const float* limit) {
+  copy_block(from, from_step, from_inner, count, inner, to, to_step);
+}
+
+DP2VAE_INLINE void turn_block(const float* from, int64_t from_step, int64_t from_inner, int64_t count,
+                              int64_t inner, float* to, int64_t to_step, const float* limit) {
+  if (from_step != 1 || inner > kWidth || count < kWidth) {
+    copy_block(from, from_step, from_inner, count, inner, to, to_step);
+    return;
+  }
+  int64_t i = 0;
+  for (; i + kWidth <= count && to + (i + kWidth - 1) * to_step + kWidth <= limit; i += kWidth) {
+    F block[kWidth] = {};
+    for (int64_t k = 0; k < inner; ++k) block[k] = load(from + i + k * from_inner);
+    transpose(block);
+    for (int64_t k = 0; k < kWidth; ++k) store(to + (i + k) * to_step, block[k]);
+  }
+  copy_block(from + i, from_step, from_inner, count - i, inner, to + i * to_step, to_step);
+}
+
 template <class T>
 void pack_plain(const Product& p, const Layout& l, int64_t n, int64_t place, int64_t block, float* packed) {
   const Operand& o = p.plain;
@@ -53,11 +79,16 @@ void pack_plain(const Product& p, const Layout& l, int64_t n, int64_t place, int
     for (int64_t i = 0; i < l.row_tiles; ++i) {
       const Span row = span(p.rows, l.row_tiles, i);
       float* to = packed + ((g * p.rows + row.begin) * block + place * row.count) * positions;
+      const float* const limit = to + positions * row.count;
       const T* from = data + (g * p.rows + row.begin) * o.channel;
+      if (p.grid[0] == 1 && o.axis[1] == p.grid[2] * o.axis[2]) {  // one long row
+        turn_block(from, o.axis[2], o.channel, positions, row.count, to, row.count, limit);
+        continue;
+      }
       for (int64_t z = 0; z < p.grid[0]; ++z)
         for (int64_t y = 0; y < p.grid[1]; ++y) {
-          copy_block(from + z * o.axis[0] + y * o.axis[1], o.axis[2], o.channel, p.grid[2], row.count, to,
-                     row.count);
+          turn_block(from + z * o.axis[0] + y * o.axis[1], o.axis[2], o.channel, p.grid[2], row.count, to,
+                     row.count, limit);
           to += p.grid[2] * row.count;
         }
     }
@@ -72,6 +103,47 @@ DP2VAE_INLINE Span inside(int64_t n, int64_t stride, int64_t offset, int64_t siz
   return {begin, end - begin};
 }
 
+// `count` channels of `pixels` pixels that lie one after the other, in rows as long as the input is wide, to
+// the first columns of a slab, from the slot of (z, 0, 0) on: blocks of lanes by lanes, across the ends of
+// rows.
+DP2VAE_INLINE void turn_pixels(const Product& p, const Layout& l, const float* from, int64_t pixels,
+                               int64_t count, int64_t z, float* to, int64_t width) {
+  const int64_t row_end = l.box[2] - p.size[2], plane_end = (l.box[1] - p.size[1]) * l.box[2];
+  int64_t slot = (z * l.box[1] + p.padding[1]) * l.box[2] + p.padding[2], x = 0, y = 0;
+  for (int64_t q = 0; q < pixels; q += kWidth) {
+    const int64_t here = pixels - q < kWidth ? pixels - q : kWidth;
+    int64_t slots[kWidth];
+    for (int64_t k = 0; k < here; ++k) {
+      slots[k] = slot++ * width;
+      if (++x == p.size[2]) {
+        x = 0;
+        slot += row_end;
+        if (++y == p.size[1]) {
+          y = 0;
+          slot += plane_end;
+        }
+      }
+    }
+    for (int64_t c = 0; c < count; c += kWidth) {
+      const int64_t channels = count - c < kWidth ? count - c : kWidth;
+      const float* block = from + c * p.spread.channel + q;
+      if (here < kWidth) {
+        for (int64_t k = 0; k < here; ++k)
+          for (int64_t i = 0; i < channels; ++i) to[slots[k] + c + i] = block[i * p.spread.channel + k];
+        continue;
+      }
+      F rows[kWidth] = {};
+      for (int64_t i = 0; i < channels; ++i) rows[i] = load(block + i * p.spread.channel);
+      transpose(rows);
+      for (int64_t k = 0; k < kWidth; ++k) store(to + slots[k] + c, rows[k]);
+    }
+  }
+}
+
+template <class T>
+DP2VAE_INLINE void turn_pixels(const Product&, const Layout&, const T*, int64_t, int64_t, int64_t, float*,
+                               int64_t) {}
+
 // Channels [first, first + count) of a group's pixels to columns [0, count) of a slab.
 template <class T>
 void pack_pixels(const Product& p, const Layout& l, const T* from, int64_t count, float* to, int64_t width) {
@@ -79,6 +151,14 @@ void pack_pixels(const Product& p, const Layout& l, const T* from, int64_t count
   const Span z = inside(l.box[0], 1, -p.padding[0], p.size[0]);
   const Span y = inside(l.box[1], 1, -p.padding[1], p.size[1]);
   const Span x = inside(l.box[2], 1, -p.padding[2], p.size[2]);
+  const bool one_run = sizeof(T) == sizeof(float) && o.axis[2] == 1 && o.axis[1] == p.size[2] &&
+                       (p.size[0] == 1 || o.axis[0] == p.size[1] * p.size[2]) && x.count == p.size[2] &&
+                       y.count == p.size[1];
+  if (one_run) {
+    turn_pixels(p, l, from + (z.begin - p.padding[0]) * o.axis[0], z.count * y.count * x.count, count,
+                z.begin, to, width);
+    return;
+  }
   for (int64_t i = z.begin; i < z.begin + z.count; ++i)
     for (int64_t j = y.begin; j < y.begin + y.count; ++j)
       copy_block(from + (i - p.padding[0]) * o.axis[0] + (j - p.padding[1]) * o.axis[1] +
@@ -91,26 +171,20 @@ void pack_pixels(const Product& p, const Layout& l, const T* from, int64_t count
 template <class T>
 void pack_unfolded(const Product& p, const T* from, int64_t first, int64_t count, float* to, int64_t width) {
   const Operand& o = p.spread;
-  for (int64_t column = first; column < first + count; ++column, ++to) {
-    const int64_t tap = column / p.channels, channel = column % p.channels;
-    const int64_t at[3] = {tap / (p.kernel[1] * p.kernel[2]), tap / p.kernel[2] % p.kernel[1],
-                           tap % p.kernel[2]};
-    int64_t offset[3];
-    Span in[3];
-    for (int d = 0; d < 3; ++d) {
-      offset[d] = at[d] * p.dilation[d] - p.padding[d];
-      in[d] = inside(p.grid[d], p.stride[d], offset[d], p.size[d]);
-    }
-    const int64_t hop = p.stride[2] * o.axis[2];
-    for (int64_t z = in[0].begin; z < in[0].begin + in[0].count; ++z)
-      for (int64_t y = in[1].begin; y < in[1].begin + in[1].count; ++y) {
-        const T* row = from + channel * o.channel + (z * p.stride[0] + offset[0]) * o.axis[0] +
-                       (y * p.stride[1] + offset[1]) * o.axis[1] + offset[2] * o.axis[2];
-        float* out = to + (z * p.grid[1] + y) * p.grid[2] * width;
-        for (int64_t x = in[2].begin; x < in[2].begin + in[2].count; ++x)
-          out[x * width] = value(row, x * hop);
+  for (int64_t z = 0; z < p.grid[0]; ++z)
+    for (int64_t y = 0; y < p.grid[1]; ++y, to += p.grid[2] * width)
+      for (int64_t column = first; column < first + count; ++column) {
+        const int64_t tap = column / p.channels, channel = column % p.channels;
+        const int64_t i = z * p.stride[0] + tap / (p.kernel[1] * p.kernel[2]) * p.dilation[0] - p.padding[0];
+        const int64_t j = y * p.stride[1] + tap / p.kernel[2] % p.kernel[1] * p.dilation[1] - p.padding[1];
+        if (i < 0 || i >= p.size[0] || j < 0 || j >= p.size[1]) continue;
+        const int64_t offset = tap % p.kernel[2] * p.dilation[2] - p.padding[2];
+        const Span x = inside(p.grid[2], p.stride[2], offset, p.size[2]);
+        const int64_t hop = p.stride[2] * o.axis[2];
+        const T* row = from + channel * o.channel + i * o.axis[0] + j * o.axis[1] + offset * o.axis[2];
+        float* out = to + column - first;
+        for (int64_t k = x.begin; k < x.begin + x.count; ++k) out[k * width] = value(row, k * hop);
       }
-  }
 }
 
 template <class T>
@@ -247,12 +321,13 @@ double squares(const float* values, int64_t n) {
 
 void weigh_kept(const float* values, const float* factors, int64_t records, int64_t n, int64_t first,
                 int64_t end, float* out) {
-  constexpr int64_t kRun = 1024,
-                    kPart = 32;  // columns that stay in cache; records that are added up before others
+  constexpr int64_t kRun = 1024;  // columns that stay in cache
+  constexpr int64_t kPart = 32;   // records whose sum is formed in float32
   alignas(64) float part[kRun];
+  alignas(64) double total[kRun];
   for (int64_t begin = first; begin < end; begin += kRun) {
     const int64_t count = end - begin < kRun ? end - begin : kRun;
-    for (int64_t i = 0; i < count; ++i) out[begin + i] = 0;
+    for (int64_t i = 0; i < count; ++i) total[i] = 0;
     for (int64_t from = 0; from < records; from += kPart) {
       for (int64_t i = 0; i < count; ++i) part[i] = 0;
       const int64_t to = records - from < kPart ? records : from + kPart;
@@ -262,8 +337,9 @@ void weigh_kept(const float* values, const float* factors, int64_t records, int6
         const float factor = factors[r];
         for (int64_t i = 0; i < count; ++i) part[i] += factor * row[i];
       }
-      for (int64_t i = 0; i < count; ++i) out[begin + i] += part[i];
+      for (int64_t i = 0; i < count; ++i) total[i] += part[i];
     }
+    for (int64_t i = 0; i < count; ++i) out[begin + i] = static_cast<float>(total[i]);
   }
 }
 

@@ -35,6 +35,34 @@ DP2VAE_INLINE F fma(F a, F b, F c) {
 #endif
 }
 
+// Rows and columns of a block change places: in every step those of numbers that differ in one bit.
+template <int step>
+DP2VAE_INLINE void swap_bit(F* rows) {
+  Lanes::I low, high;
+  for (int c = 0; c < kWidth; ++c) {
+    low[c] = c & step ? kWidth + (c ^ step) : c;
+    high[c] = c & step ? kWidth + c : c ^ step;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i)
+    if ((i & step) == 0) {
+      const F a = rows[i], b = rows[i | step];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i | step] = __builtin_shuffle(a, b, high);
+    }
+}
+
+DP2VAE_INLINE void transpose(F* rows) {
+  swap_bit<1>(rows);
+  swap_bit<2>(rows);
+#if DP2VAE_LANES >= 8
+  swap_bit<4>(rows);
+#endif
+#if DP2VAE_LANES >= 16
+  swap_bit<8>(rows);
+#endif
+}
+
 // Lanes in double, for sums of many float32 sums.
 typedef double Wide __attribute__((vector_size(8 * kWidth)));
 
