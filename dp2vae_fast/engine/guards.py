@@ -6,12 +6,11 @@ mixed with another's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 
 def refuse_in_training(message: str) -> Callable[[nn.Module, tuple], None]:
@@ -47,11 +46,16 @@ def watch_buffers(name: str, layer: nn.Module, watching: Callable[[], bool]) -> 
     return [layer.register_forward_pre_hook(note), layer.register_forward_hook(compare)]
 
 
-def refuse_unseen_use(name: str, watching: Callable[[], bool]) -> Callable[[Tensor], None]:
-    """Hook on a parameter: an ordinary gradient that arrives there is neither clipped nor noised."""
+def refuse_unseen_use(name: str, parameter: Tensor, watching: Callable[[], bool]) -> list[Any]:
+    """Hooks on a parameter: an ordinary gradient that arrives there is neither clipped nor noised."""
+    arrived = False
 
-    def hook(parameter: Tensor) -> None:
-        if not watching():
+    def note(gradient: Tensor | None) -> None:  # None of compiled graphs, for all that they take in
+        nonlocal arrived
+        arrived = gradient is not None
+
+    def refuse(parameter: Tensor) -> None:
+        if not (arrived and watching()):
             return
         parameter.grad = None
         raise NotImplementedError(
@@ -60,7 +64,7 @@ def refuse_unseen_use(name: str, watching: Callable[[], bool]) -> Callable[[Tens
             "itself, use the optimizer's weight_decay, or freeze the parameter"
         )
 
-    return hook
+    return [parameter.register_hook(note), parameter.register_post_accumulate_grad_hook(refuse)]
 
 
 def compare_totals(name: str, key: str, totals: dict[str, tuple[Tensor, float]], leaf: Tensor) -> None:
@@ -86,34 +90,34 @@ class Rows:
     def __init__(self, axis: int) -> None:
         self.axis = axis
         self.outermost: nn.Module | None = None
-        self._sizes: set[int] = set()
+        self.sizes: set[int] = set()
 
-    def open(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
-        """A call of the root or a container begins; true if it is the outermost."""
-        if self.outermost not in (None, module):  # the same again: its last forward was interrupted
-            return False
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        self.outermost, self._sizes = module, {x.shape[self.axis] for x in tensors if x.dim() > self.axis}
-        return True
+    def open(self, module: nn.Module) -> None:
+        """A call of the root or a container begins."""
+        if self.outermost is None:
+            self.outermost = module
 
-    def close(self, module: nn.Module) -> bool:
-        """A call ends; true if it was the outermost."""
-        if self.outermost is not module:
-            return False
-        self.outermost = None
-        return True
+    def count(self, inputs: Iterable[Any]) -> None:
+        """The outermost call is on ``inputs``."""
+        self.sizes = {x.shape[self.axis] for x in inputs if isinstance(x, Tensor) and x.dim() > self.axis}
 
-    def check(self, name: str, outputs: list[Tensor], axis: int, rows_per_record: int) -> None:
-        """The rows of a layer's outputs, along ``axis``, must be those of the outermost call's inputs.
+    def close(self, module: nn.Module) -> None:
+        """It ends."""
+        if self.outermost is module:
+            self.outermost = None
 
-        Raises:
-            ValueError: they are not.
-        """
-        rows = {x.shape[axis] if x.dim() > axis else None for x in outputs}
-        possible = {size * factor for size in self._sizes for factor in (1, rows_per_record)}
-        if len(rows) != 1 or None in rows or (self.outermost is not None and possible and not rows & possible):
-            raise ValueError(
-                f"layer {name!r} returns {', '.join(str(tuple(x.shape)) for x in outputs)} in a call on "
-                f"{sorted(self._sizes)} rows: every layer must have the batch as its "
-                f"{'second' if axis else 'first'} axis, with rows_per_record = {rows_per_record} rows a record"
-            )
+
+def check_rows(name: str, outputs: Sequence[Tensor], sizes: set[int], axis: int, rows_per_record: int) -> None:
+    """The rows of a layer's outputs, along ``axis``, must be those of the outermost call's inputs, ``sizes``.
+
+    Raises:
+        ValueError: they are not.
+    """
+    rows = {x.shape[axis] if x.dim() > axis else None for x in outputs}
+    possible = {size * factor for size in sizes for factor in (1, rows_per_record)}
+    if len(rows) != 1 or None in rows or (possible and not rows & possible):
+        raise ValueError(
+            f"layer {name!r} returns {', '.join(str(tuple(x.shape)) for x in outputs)} in a call on "
+            f"{sorted(sizes)} rows: every layer must have the batch as its "
+            f"{'second' if axis else 'first'} axis, with rows_per_record = {rows_per_record} rows a record"
+        )

@@ -29,6 +29,16 @@ def full_precision(tensors: Iterable[Tensor]) -> ExitStack:
     return stack
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts to on such devices here; None where it is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def autocast_as(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
+    """Context with autocast as :func:`autocast_dtype` found it."""
+    return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+
+
 def records_at_most(expected: float) -> int:
     """Records that a Poisson draw of ``expected`` ones exceeds with probability below 2^-64.
 
