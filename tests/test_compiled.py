@@ -424,6 +424,29 @@ def train(physical: int | None, compile: bool) -> tuple[list[Tensor], int]:
     return [p.detach() for p in model.parameters()], 0 if counter is None else counter.frame_count
 
 
+def test_batches_are_accumulated_where_that_is_allowed(recwarn):
+    found = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = decoder().to(D)
+        private, optimizer, _ = PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+            data_loader=DataLoader(TensorDataset(x(8, 6)), batch_size=4),
+            noise_multiplier=0.0,
+            max_grad_norm=0.5,
+            loss_reduction="sum",
+            poisson_sampling=False,
+        )
+        run = compiled(private)[0] if compile else private
+        for batch in (x(3, 6), x(4, 6)):
+            record_loss(run(batch)).sum().backward()
+        optimizer.step()
+        found.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*found)
+    assert not [w for w in recwarn if "could not be checked" in str(w.message)]
+
+
 @pytest.mark.parametrize("physical", [None, 6])
 def test_a_private_run(physical: int | None):
     eager, _ = train(physical, compile=False)

@@ -258,7 +258,8 @@ class Capture:
             self._begin_call(number, module, args, kwargs)
 
     def _close(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        self.rows.close(module)
+        if not self._suspended:
+            self.rows.close(module)
         return self._end_call(module, output)
 
     def _begin_call(self, number: int, module: nn.Module, args: tuple, kwargs: dict) -> None:

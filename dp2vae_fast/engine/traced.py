@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,9 @@ class TracedCalls:
                 "the forward of a compiled model runs again in its backward pass (checkpointing, an activation memory "
                 "budget): leave that out, or do not compile it"
             )
-        capture.begin_batch()
+        if capture.records is not None:  # take them, which may check them against autograd: here there is none
+            with ThreadPoolExecutor(1) as plain:
+                plain.submit(capture.begin_batch).result()
         rows, first_batch, first = capture.rows, capture.first_batch, None
         if rows.outermost in (None, capture.modules[module]):
             rows.count(inputs)
