@@ -227,6 +227,7 @@ class Capture:
         self._draws.clear()
         self._held.clear()
         self._records = None
+        self.taps.lost()  # and begins to count anew
         self.first_batch.forget()
 
     def remove(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -48,6 +49,7 @@ def records_at_most(expected: float) -> int:
     return math.ceil(expected + tail / 3 + math.sqrt((tail / 3) ** 2 + 2 * tail * expected))
 
 
+@functools.lru_cache(maxsize=16)  # a step asks for the same each time
 def sum_rounding(expected_records: float, dtype: torch.dtype = torch.float32, largest: float = 0) -> float:
     """How far rounding can move the clipped sum when one record joins or leaves, in units of the clipping bound C.
 
