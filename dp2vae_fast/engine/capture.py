@@ -103,6 +103,7 @@ class Capture:
         self.first_batch = FirstBatch(0 if batch_first else 1, self.taps, wanted=verify)
         self._layers = set(module.modules())
         self.modules: list[nn.Module] = []  # by number
+        self.buffered: list[tuple[str, nn.Module]] = []  # with buffers of their own
         self._own: dict[nn.Module, _Layer] = {}
         self._handles: list[Any] = []
         for layer in self._layers:
@@ -113,6 +114,7 @@ class Capture:
         for number, (name, layer) in enumerate(module.named_modules()):
             self.modules.append(layer)
             if next(layer.buffers(recurse=False), None) is not None:
+                self.buffered.append((name, layer))
                 self._handles += guards.watch_buffers(name, layer, lambda: not self._suspended)
             if reason := is_cross_record(layer):
                 refuse = guards.refuse_in_training(f"layer {name!r} ({type(layer).__name__}) {reason}")

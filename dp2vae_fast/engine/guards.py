@@ -23,25 +23,41 @@ def refuse_in_training(message: str) -> Callable[[nn.Module, tuple], None]:
     return hook
 
 
+Versions = dict[str, tuple[Tensor, int]]
+
+
+def buffer_versions(layer: nn.Module) -> Versions:
+    """The layer's own buffers and their versions, in training mode."""
+    if not layer.training:
+        return {}
+    found = {key: buffer for key, buffer in layer._buffers.items() if buffer is not None}
+    # Of inference tensors nobody counts the version.
+    return {key: (buffer, buffer._version) for key, buffer in found.items() if not buffer.is_inference()}
+
+
+def refuse_changed_buffers(name: str, layer: nn.Module, before: Versions) -> None:
+    """What a buffer remembers of the records would be released without noise."""
+    for key, (buffer, version) in before.items():
+        if layer._buffers.get(key) is not buffer or buffer._version != version:
+            raise NotImplementedError(
+                f"layer {name!r} ({type(layer).__name__}) updates its buffer {key!r} in training mode: what it "
+                "remembers of the records would be released without noise. Put the layer in eval mode"
+            )
+
+
 def watch_buffers(name: str, layer: nn.Module, watching: Callable[[], bool]) -> list[Any]:
-    """Hooks that refuse a training forward which changes the layer's own buffers: what they remember of the records
-    would be released without noise."""
-    before: dict[str, tuple[Tensor, int]] = {}
+    """Hooks that refuse a training forward which changes the layer's own buffers. (In a compiled graph buffers change
+    at its end: :mod:`.traced` compares them later.)"""
+    before: Versions = {}
 
     def note(layer: nn.Module, args: tuple) -> None:
         before.clear()
-        if layer.training and watching():
-            for key, buffer in layer._buffers.items():
-                if buffer is not None and not buffer.is_inference():  # whose version nobody counts
-                    before[key] = (buffer, buffer._version)
+        if not torch.compiler.is_compiling() and watching():
+            before.update(buffer_versions(layer))
 
     def compare(layer: nn.Module, args: tuple, output: Any) -> None:
-        for key, (buffer, version) in before.items():
-            if layer._buffers.get(key) is not buffer or buffer._version != version:
-                raise NotImplementedError(
-                    f"layer {name!r} ({type(layer).__name__}) updates its buffer {key!r} in training mode: what it "
-                    "remembers of the records would be released without noise. Put the layer in eval mode"
-                )
+        if not torch.compiler.is_compiling():
+            refuse_changed_buffers(name, layer, before)
 
     return [layer.register_forward_pre_hook(note), layer.register_forward_hook(compare)]
 

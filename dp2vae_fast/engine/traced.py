@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from . import guards
 from .precision import autocast_dtype, full_precision
 from .verify import Call
 
@@ -60,6 +61,7 @@ class _TracedCall:
     sizes: set[int]
     draws: set[Origin]
     first: Call | None  # to be checked against autograd
+    buffers: list[tuple[str, nn.Module, guards.Versions]]
 
 
 class TracedCalls:
@@ -138,7 +140,8 @@ class TracedCalls:
             else:
                 for call in self._calls.values():
                     call.first = None
-        self._calls[number] = _TracedCall(set(rows.sizes), capture.draws(), first)
+        buffers = [(name, layer, guards.buffer_versions(layer)) for name, layer in capture.buffered]
+        self._calls[number] = _TracedCall(set(rows.sizes), capture.draws(), first, buffers)
         while len(self._calls) > _CALLS_KEPT:
             del self._calls[next(iter(self._calls))]
         return number
@@ -154,6 +157,8 @@ class TracedCalls:
         if not capture.wants_report():
             return
         capture.taps.arrived += 1
+        for name, module, before in call.buffers:
+            guards.refuse_changed_buffers(name, module, before)
         if layer != _MODEL:
             capture.record_traced(layer, keys, saved[0].clone(), [b.clone() for b in backprops], call.sizes, call.draws)
         elif call.first is not None:
