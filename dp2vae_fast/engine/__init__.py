@@ -1,7 +1,8 @@
 """DP-SGD for any module; knows nothing of VAEs. Along the way of one step:
 
 * ``sampling``, ``loader``: who is in the batch, on coins of ``keystream``;
-* ``capture`` (with ``tap``, ``guards``, ``verify``): what every layer saw, and what must not pass in silence;
+* ``capture`` (with ``tap``, ``guards``, ``verify``; ``traced`` under ``torch.compile``): what every layer saw, and what
+  must not pass in silence;
 * ``layers``, ``fallback``: from that to per-sample gradients; ``gradients``, ``plan``: formed, or never;
 * ``clipping``, ``precision``: factors, and what they guarantee after rounding;
 * ``optimizer``, ``update``: sum, noise and the inner optimizer's step; ``distributed``: over several processes;

@@ -21,23 +21,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import fallback, guards
 from .gradients import Gradient, Kept, add
 from .layers import LayerRule, find_rule, is_cross_record
 from .plan import Plan
+from .precision import autocast_as, autocast_dtype
 from .tap import Taps
+from .traced import TracedCalls
 from .verify import FirstBatch
 
 Origin = tuple[str, int, int, int | None]
 """Where gradients come from: ``("draw", id of a sampler, number, its records)``, or ``("batch", id of a capture,
 number, None)``."""
+
+
+class _Layer(NamedTuple):
+    """A layer with parameters of its own."""
+
+    number: int  # in the module's order of modules
+    name: str
+    keys: list[str]  # its own parameters
+    rule: LayerRule | None
 
 
 class Capture:
@@ -84,18 +95,26 @@ class Capture:
         self._swapped: dict[nn.Module, dict[str, Tensor]] = {}
         self._guarded: set[Tensor] = set()
         self._suspended = False
-        self._taps = Taps()
-        self._rows = guards.Rows(0 if batch_first else 1)
-        self.first_batch = FirstBatch(0 if batch_first else 1, self._taps, wanted=verify)
+        self.taps = Taps()
+        self._ticket: Tensor | None = None  # of a call that is traced, and its module
+        self._ticket_of: nn.Module | None = None
+        self.rows = guards.Rows(0 if batch_first else 1)
+        self.traced = TracedCalls(self)
+        self.first_batch = FirstBatch(0 if batch_first else 1, self.taps, wanted=verify)
         self._layers = set(module.modules())
+        self.modules: list[nn.Module] = []  # by number
+        self.buffered: list[tuple[str, nn.Module]] = []  # with buffers of their own
+        self._own: dict[nn.Module, _Layer] = {}
         self._handles: list[Any] = []
         for layer in self._layers:
             hooks = (getattr(hook, "func", hook) for hook in layer._forward_pre_hooks.values())
             owners = (getattr(hook, "__self__", None) for hook in hooks)
             if any(isinstance(owner, Capture) and layer in owner._layers for owner in owners):
                 raise ValueError("the module is private already: call cleanup() on what make_private returned for it")
-        for name, layer in module.named_modules():
+        for number, (name, layer) in enumerate(module.named_modules()):
+            self.modules.append(layer)
             if next(layer.buffers(recurse=False), None) is not None:
+                self.buffered.append((name, layer))
                 self._handles += guards.watch_buffers(name, layer, lambda: not self._suspended)
             if reason := is_cross_record(layer):
                 refuse = guards.refuse_in_training(f"layer {name!r} ({type(layer).__name__}) {reason}")
@@ -103,17 +122,17 @@ class Capture:
                 self._handles.append(layer.register_forward_pre_hook(refuse))
             if layer is module or next(layer.children(), None) is not None:
                 self._handles += [
-                    layer.register_forward_pre_hook(self._open, with_kwargs=True),
+                    layer.register_forward_pre_hook(partial(self._open, number), with_kwargs=True),
                     layer.register_forward_hook(self._close, always_call=True),
                 ]
             inner = {p for child in layer.children() for p in child.parameters()}  # what is theirs is used there
             if own := [key for key, p in layer.named_parameters(recurse=False) if p not in inner]:
-                rule = find_rule(layer)
+                self._own[layer] = ours = _Layer(number, name, own, find_rule(layer))
                 self._handles += [
-                    layer.register_forward_pre_hook(partial(self._enter, name, own, rule is None), with_kwargs=True),
+                    layer.register_forward_pre_hook(partial(self._enter, ours), with_kwargs=True),
                     # First of all hooks: the output as the layer made it, before another hook changes it.
                     layer.register_forward_hook(
-                        self._leave(name, rule), prepend=True, with_kwargs=True, always_call=True
+                        partial(self._leave, ours), prepend=True, with_kwargs=True, always_call=True
                     ),
                 ]
         self._guard(self._names)
@@ -145,6 +164,10 @@ class Capture:
         """What the captured gradients come from: this batch, and the draws that its forwards were on."""
         return {("batch", id(self), self._batch, None), *self._draws}
 
+    def trainable(self) -> set[Tensor]:
+        """The parameters with gradients, at present."""
+        return {p for p in self._names if p.requires_grad}
+
     def holds(self, parameters: Iterable[Tensor]) -> bool:
         """Whether gradients of any of ``parameters`` wait to be taken."""
         return any(p in self._book for p in parameters)
@@ -156,6 +179,12 @@ class Capture:
             RuntimeError: what they are made from has been overwritten since the backward pass.
         """
         changed = [name for name, tensor, version in self._held if tensor._version != version]
+        if self.taps.lost():
+            self.drop(parameters)
+            raise RuntimeError(
+                "a compiled model's backward pass ran without the gradients of every layer arriving (merged by the "
+                "compiler, or replayed): do not compile it"
+            )
         if self.first_batch.waiting and self._records and not changed:
             self._check_first_batch()
         elif not self.first_batch.waiting:
@@ -202,6 +231,7 @@ class Capture:
         self._draws.clear()
         self._held.clear()
         self._records = None
+        self.taps.lost()  # and begins to count anew
         self.first_batch.forget()
 
     def remove(self) -> None:
@@ -226,54 +256,77 @@ class Capture:
 
     # The hooks ---------------------------------------------------------------------------------------------------
 
-    def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _open(self, number: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before the root's or a container's forward."""
-        if not self._suspended and module in self._layers and self._rows.open(module, args, kwargs):
-            self._begin_call(module, args, kwargs)
+        if not self._suspended and module in self._layers:
+            self.rows.open(module)
+            self._begin_call(number, module, args, kwargs)
 
     def _close(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        return self._end_call(module, args, output) if self._suspended or self._rows.close(module) else None
+        if not self._suspended:
+            self.rows.close(module)
+        return self._end_call(module, output)
 
-    def _begin_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before a call that no container's call surrounds."""
-        if not self.first_batch.waiting or self._suspended or module not in self._layers:
+    def _begin_call(self, number: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before a call that no container's call surrounds, or none that is traced."""
+        if self._suspended or module not in self._layers:
             return
-        if self._rows.outermost in (None, module):
-            self.first_batch.begin(module, args, kwargs, {p for p in self._names if p.requires_grad})
+        outermost = self.rows.outermost in (None, module)
+        if torch.compiler.is_compiling():
+            if (outermost or self._ticket is None) and torch.is_grad_enabled():
+                self._ticket, self._ticket_of = self.traced.begin(number, args, kwargs), module
+            return
+        if not outermost:
+            return
+        self._ticket = None
+        if self.rows.outermost is module:
+            self.rows.count(tree_leaves((args, kwargs)))
+        if self.first_batch.waiting:
+            self.first_batch.begin(module, args, kwargs, self.trainable())
 
-    def _end_call(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def _end_call(self, module: nn.Module, output: Any) -> Any:
+        """After it: its output again, if it was tapped."""
         if self._suspended:
-            self.first_batch.note(module, output)
-        elif self.first_batch.waiting and module in self._layers and self._rows.outermost is None:
-            return self.first_batch.end(output)
-        return None
+            return self.first_batch.note(module, output)
+        if module not in self._layers:
+            return None
+        if self.rows.outermost is None:
+            self.rows.sizes = set()
+        if self._ticket is not None:
+            if module is not self._ticket_of:
+                return None
+            ticket, self._ticket = self._ticket, None
+            return self.traced.end(ticket, output)
+        return self.first_batch.end(output) if self.first_batch.waiting and self.rows.outermost is None else None
 
-    def _enter(
-        self, name: str, own: list[str], differentiate: bool, layer: nn.Module, args: tuple, kwargs: dict
-    ) -> None:
+    def _enter(self, own: _Layer, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a layer's forward: put stand-ins in place of its trainable parameters.
 
         They are detached, so that autograd forms no weight gradient; those of a layer without a rule it does
         differentiate, for :func:`~.guards.compare_totals`.
         """
-        self._begin_call(layer, args, kwargs)
+        if self.rows.outermost is not layer:
+            self._begin_call(own.number, layer, args, kwargs)
         if self._suspended or layer not in self._layers or not torch.is_grad_enabled() or not layer.training:
             return
-        self._begin_batch()
+        if not torch.compiler.is_compiling():
+            self.begin_batch()
         if layer in self._swapped:  # its last forward was interrupted, or is still running: it calls itself
             for key in self._swapped[layer]:  # what that forward made of them is in no tap
                 if (leaf := layer._parameters[key]) is not None and leaf.requires_grad:
-                    leaf.register_post_accumulate_grad_hook(partial(guards.compare_totals, name, key, {}))
+                    leaf.register_post_accumulate_grad_hook(partial(guards.compare_totals, own.name, key, {}))
             layer._parameters.update(self._swapped.pop(layer))  # type: ignore[arg-type]
         trainable: dict[str, Tensor] = {
-            key: p for key in own if (p := layer._parameters.get(key)) is not None and p.requires_grad
+            key: p for key in own.keys if (p := layer._parameters.get(key)) is not None and p.requires_grad
         }
         if trainable:
             self._swapped[layer] = trainable
-            stand_ins = {key: p.detach().requires_grad_(differentiate) for key, p in trainable.items()}
+            stand_ins = {key: p.detach() for key, p in trainable.items()}
+            if own.rule is None:
+                stand_ins = {key: p.requires_grad_() for key, p in stand_ins.items()}
             layer._parameters.update(stand_ins)  # type: ignore[arg-type]
 
-    def _begin_batch(self) -> None:
+    def begin_batch(self) -> None:
         """Where gradients of another batch are in the book, see that they are taken."""
         # A forward outside any backward pass, after one: these are new records. (Inside one it is a checkpoint's
         # recomputation.)
@@ -287,92 +340,135 @@ class Capture:
                     "zero_grad() of the optimizer that holds these parameters, or freeze them where none does"
                 )
 
-    def _leave(self, name: str, rule: LayerRule | None) -> Callable:
+    def _leave(self, own: _Layer, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """After a layer's forward: put the parameters back and tap the output. Runs after an exception too."""
+        tapped = self._tap(own, layer, args, kwargs, output)
+        if self.rows.outermost is layer:
+            return tapped
+        ended = self._end_call(layer, output if tapped is None else tapped)
+        return tapped if ended is None else ended
 
-        def hook(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            tapped = tap(layer, args, kwargs, output)
-            ended = self._end_call(layer, args, output if tapped is None else tapped)
-            return tapped if ended is None else ended
+    def _tap(self, own: _Layer, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        trainable = self._swapped.pop(layer, None)
+        if trainable is None:
+            return None
+        stand_ins: dict[str, Any] = {key: layer._parameters[key] for key in trainable}
+        layer._parameters.update(trainable)  # type: ignore[arg-type]
+        if output is None:
+            return None
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if (rule := own.rule) is None or not (
+            isinstance(output, Tensor) and output.is_floating_point() and isinstance(first, Tensor)
+        ):
+            return self._tap_any(own, layer, trainable, stand_ins, (args, kwargs), output)
+        if self._ticket is not None:
+            return self.traced.tap(self._ticket, own.number, list(trainable), first, output)
+        guards.check_rows(own.name, [output], self.rows.sizes, self._batch_axis(layer), self.rows_per_record)
+        draws = self.draws()
 
-        def tap(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            trainable = self._swapped.pop(layer, None)
-            if trainable is None:
-                return None
-            stand_ins: dict[str, Any] = {key: layer._parameters[key] for key in trainable}
-            layer._parameters.update(trainable)  # type: ignore[arg-type]
-            if output is None:
-                return None
-            totals: dict[str, tuple[Tensor, float]] = {}
-            for key, leaf in stand_ins.items():
-                if leaf.requires_grad:
-                    leaf.register_post_accumulate_grad_hook(partial(guards.compare_totals, name, key, totals))
-            inputs, call_structure = tree_flatten((args, kwargs))
-            outputs, output_structure = tree_flatten(output)
-            is_tensor = [isinstance(x, Tensor) for x in inputs]
-            if not any(is_tensor):
-                raise NotImplementedError(
-                    f"layer {name!r} ({type(layer).__name__}) owns trainable parameters and is called without a tensor "
-                    "(a parametrization, a learned prior): they have no per-sample gradient. Pass it a tensor with the "
-                    "batch as its first axis, or freeze its parameters"
-                )
-            opaque = [x for x in outputs if not isinstance(x, Tensor | int | float | str | None)]
-            opaque += [x for x in outputs if isinstance(x, Tensor) and x.is_complex()]
-            if opaque:
-                raise NotImplementedError(
-                    f"layer {name!r} ({type(layer).__name__}) owns trainable parameters and returns a "
-                    f"{type(opaque[0]).__name__}: return real tensors, or tuples, lists or dicts of them, or move its "
-                    "parameters into a layer of their own"
-                )
-            tapped = [i for i, x in enumerate(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
-            if not tapped:
-                return None
-            self._rows.check(name, [outputs[i] for i in tapped], self._batch_axis(layer), self.rows_per_record)
-            constants = [None if t else x for x, t in zip(inputs, is_tensor, strict=True)]
-            device, draws = outputs[tapped[0]].device, self.draws()
-            precision = partial(
-                torch.autocast,
-                device.type,
-                dtype=torch.get_autocast_dtype(device.type),
-                enabled=torch.is_autocast_enabled(device.type),
-                cache_enabled=False,
-            )
-
-            def report(saved: tuple[Tensor, ...], backprops: tuple[Tensor, ...]) -> None:
-                if torch.is_grad_enabled():
-                    raise NotImplementedError(
-                        "create_graph=True (a gradient penalty) needs second derivatives, which have no per-sample "
-                        "gradient: call the model in eval mode with its parameters frozen, or leave the penalty out"
-                    )
-                if not self._taps.reaches_parameters():
-                    return
+        def report(saved: tuple[Tensor, ...], backprops: tuple[Tensor, ...]) -> None:
+            if self.wants_report():
                 self._draws |= draws
-                rows = iter(saved)
-                leaves = [next(rows).detach() if t else x for x, t in zip(constants, is_tensor, strict=True)]
-                call = tree_unflatten(leaves, call_structure)
-                again = partial(self._run_by_record, name, layer, call, list(backprops), precision, totals)
-                self._record(name, layer, rule or again, trainable, call, list(backprops))
+                self._record(own, layer, rule, trainable, saved[0].detach(), list(backprops))
 
-            tensors = [x for x, t in zip(inputs, is_tensor, strict=True) if t]
-            for i, x in zip(tapped, self._taps.on([outputs[i] for i in tapped], tensors, report), strict=True):
-                outputs[i] = x
-            return tree_unflatten(outputs, output_structure)
+        return self.taps.on([output], [first], report)[0]
 
-        return hook
+    def _tap_any(
+        self,
+        own: _Layer,
+        layer: nn.Module,
+        trainable: dict[str, Tensor],
+        stand_ins: dict[str, Tensor],
+        call: tuple[tuple, dict],
+        output: Any,
+    ) -> Any:
+        """Tap a layer without a rule, or one called with or returning several tensors."""
+        name = own.name
+        totals: dict[str, tuple[Tensor, float]] = {}
+        for key, leaf in stand_ins.items():
+            if leaf.requires_grad:
+                leaf.register_post_accumulate_grad_hook(partial(guards.compare_totals, name, key, totals))
+        inputs, call_structure = tree_flatten(call)
+        outputs, output_structure = tree_flatten(output)
+        is_tensor = [isinstance(x, Tensor) for x in inputs]
+        if not any(is_tensor):
+            raise NotImplementedError(
+                f"layer {name!r} ({type(layer).__name__}) owns trainable parameters and is called without a tensor "
+                "(a parametrization, a learned prior): they have no per-sample gradient. Pass it a tensor with the "
+                "batch as its first axis, or freeze its parameters"
+            )
+        opaque = [x for x in outputs if not isinstance(x, Tensor | int | float | str | None)]
+        opaque += [x for x in outputs if isinstance(x, Tensor) and x.is_complex()]
+        if opaque:
+            raise NotImplementedError(
+                f"layer {name!r} ({type(layer).__name__}) owns trainable parameters and returns a "
+                f"{type(opaque[0]).__name__}: return real tensors, or tuples, lists or dicts of them, or move its "
+                "parameters into a layer of their own"
+            )
+        tapped = [i for i, x in enumerate(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
+        if not tapped:
+            return None
+        rows = [outputs[i] for i in tapped]
+        guards.check_rows(name, rows, self.rows.sizes, self._batch_axis(layer), self.rows_per_record)
+        constants = [None if t else x for x, t in zip(inputs, is_tensor, strict=True)]
+        kind, draws = outputs[tapped[0]].device.type, self.draws()
+        precision = partial(autocast_as, kind, autocast_dtype(kind))
+
+        def report(saved: tuple[Tensor, ...], backprops: tuple[Tensor, ...]) -> None:
+            if not self.wants_report():
+                return
+            self._draws |= draws
+            found = iter(saved)
+            leaves = [next(found).detach() if t else x for x, t in zip(constants, is_tensor, strict=True)]
+            args, kwargs = call = tree_unflatten(leaves, call_structure)
+            again = partial(self._run_by_record, name, layer, call, list(backprops), precision, totals)
+            activations = args[0] if args else next(iter(kwargs.values()))
+            self._record(own, layer, own.rule or again, trainable, activations, list(backprops))
+
+        tensors = [x for x, t in zip(inputs, is_tensor, strict=True) if t]
+        for i, x in zip(tapped, self.taps.on(rows, tensors, report), strict=True):
+            outputs[i] = x
+        return tree_unflatten(outputs, output_structure)
+
+    def wants_report(self) -> bool:
+        """Inside a tap's backward: false in a backward pass that means no parameter."""
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "create_graph=True (a gradient penalty) needs second derivatives, which have no per-sample "
+                "gradient: call the model in eval mode with its parameters frozen, or leave the penalty out"
+            )
+        return self.taps.reaches_parameters()
+
+    def record_traced(
+        self,
+        number: int,
+        keys: Sequence[str],
+        activations: Tensor,
+        backprops: list[Tensor],
+        sizes: set[int],
+        draws: set[Origin],
+    ) -> None:
+        """One use of a layer in a compiled graph, of an outermost call on ``sizes`` rows and ``draws``."""
+        layer = self.modules[number]
+        own = self._own[layer]
+        assert own.rule is not None
+        guards.check_rows(own.name, backprops, sizes, self._batch_axis(layer), self.rows_per_record)
+        self._draws |= draws
+        trainable: Any = {key: layer._parameters[key] for key in keys}
+        self._record(own, layer, own.rule, trainable, activations, backprops)
 
     @torch.no_grad()
     def _record(
         self,
-        name: str,
+        own: _Layer,
         layer: nn.Module,
         rule: LayerRule,
         trainable: dict[str, Tensor],
-        call: tuple[tuple, dict],
+        activations: Any,
         backprops: list[Tensor],
     ) -> None:
         """One use of a layer, seen in the backward pass: enter its gradients in the book."""
-        args, kwargs = call
-        activations = args[0] if args else next(iter(kwargs.values()))
+        name = own.name
         if self._batch_axis(layer) == 1:
             backprops = [b.transpose(0, 1) for b in backprops]
             activations = activations.transpose(0, 1)
@@ -438,5 +534,4 @@ class Capture:
         for p in parameters:
             if p.requires_grad and p not in self._guarded:
                 self._guarded.add(p)
-                refuse = guards.refuse_unseen_use(self.name_of(p), lambda: not self._suspended)
-                self._handles.append(p.register_post_accumulate_grad_hook(refuse))
+                self._handles += guards.refuse_unseen_use(self.name_of(p), p, lambda: not self._suspended)

@@ -6,12 +6,11 @@ mixed with another's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 
 def refuse_in_training(message: str) -> Callable[[nn.Module, tuple], None]:
@@ -24,34 +23,55 @@ def refuse_in_training(message: str) -> Callable[[nn.Module, tuple], None]:
     return hook
 
 
+Versions = dict[str, tuple[Tensor, int]]
+
+
+def buffer_versions(layer: nn.Module) -> Versions:
+    """The layer's own buffers and their versions, in training mode."""
+    if not layer.training:
+        return {}
+    found = {key: buffer for key, buffer in layer._buffers.items() if buffer is not None}
+    # Of inference tensors nobody counts the version.
+    return {key: (buffer, buffer._version) for key, buffer in found.items() if not buffer.is_inference()}
+
+
+def refuse_changed_buffers(name: str, layer: nn.Module, before: Versions) -> None:
+    """What a buffer remembers of the records would be released without noise."""
+    for key, (buffer, version) in before.items():
+        if layer._buffers.get(key) is not buffer or buffer._version != version:
+            raise NotImplementedError(
+                f"layer {name!r} ({type(layer).__name__}) updates its buffer {key!r} in training mode: what it "
+                "remembers of the records would be released without noise. Put the layer in eval mode"
+            )
+
+
 def watch_buffers(name: str, layer: nn.Module, watching: Callable[[], bool]) -> list[Any]:
-    """Hooks that refuse a training forward which changes the layer's own buffers: what they remember of the records
-    would be released without noise."""
-    before: dict[str, tuple[Tensor, int]] = {}
+    """Hooks that refuse a training forward which changes the layer's own buffers. (In a compiled graph buffers change
+    at its end: :mod:`.traced` compares them later.)"""
+    before: Versions = {}
 
     def note(layer: nn.Module, args: tuple) -> None:
         before.clear()
-        if layer.training and watching():
-            for key, buffer in layer._buffers.items():
-                if buffer is not None and not buffer.is_inference():  # whose version nobody counts
-                    before[key] = (buffer, buffer._version)
+        if not torch.compiler.is_compiling() and watching():
+            before.update(buffer_versions(layer))
 
     def compare(layer: nn.Module, args: tuple, output: Any) -> None:
-        for key, (buffer, version) in before.items():
-            if layer._buffers.get(key) is not buffer or buffer._version != version:
-                raise NotImplementedError(
-                    f"layer {name!r} ({type(layer).__name__}) updates its buffer {key!r} in training mode: what it "
-                    "remembers of the records would be released without noise. Put the layer in eval mode"
-                )
+        if not torch.compiler.is_compiling():
+            refuse_changed_buffers(name, layer, before)
 
     return [layer.register_forward_pre_hook(note), layer.register_forward_hook(compare)]
 
 
-def refuse_unseen_use(name: str, watching: Callable[[], bool]) -> Callable[[Tensor], None]:
-    """Hook on a parameter: an ordinary gradient that arrives there is neither clipped nor noised."""
+def refuse_unseen_use(name: str, parameter: Tensor, watching: Callable[[], bool]) -> list[Any]:
+    """Hooks on a parameter: an ordinary gradient that arrives there is neither clipped nor noised."""
+    arrived = False
 
-    def hook(parameter: Tensor) -> None:
-        if not watching():
+    def note(gradient: Tensor | None) -> None:  # None of compiled graphs, for all that they take in
+        nonlocal arrived
+        arrived = gradient is not None
+
+    def refuse(parameter: Tensor) -> None:
+        if not (arrived and watching()):
             return
         parameter.grad = None
         raise NotImplementedError(
@@ -60,7 +80,7 @@ def refuse_unseen_use(name: str, watching: Callable[[], bool]) -> Callable[[Tens
             "itself, use the optimizer's weight_decay, or freeze the parameter"
         )
 
-    return hook
+    return [parameter.register_hook(note), parameter.register_post_accumulate_grad_hook(refuse)]
 
 
 def compare_totals(name: str, key: str, totals: dict[str, tuple[Tensor, float]], leaf: Tensor) -> None:
@@ -86,34 +106,34 @@ class Rows:
     def __init__(self, axis: int) -> None:
         self.axis = axis
         self.outermost: nn.Module | None = None
-        self._sizes: set[int] = set()
+        self.sizes: set[int] = set()
 
-    def open(self, module: nn.Module, args: tuple, kwargs: dict) -> bool:
-        """A call of the root or a container begins; true if it is the outermost."""
-        if self.outermost not in (None, module):  # the same again: its last forward was interrupted
-            return False
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        self.outermost, self._sizes = module, {x.shape[self.axis] for x in tensors if x.dim() > self.axis}
-        return True
+    def open(self, module: nn.Module) -> None:
+        """A call of the root or a container begins."""
+        if self.outermost is None:
+            self.outermost = module
 
-    def close(self, module: nn.Module) -> bool:
-        """A call ends; true if it was the outermost."""
-        if self.outermost is not module:
-            return False
-        self.outermost = None
-        return True
+    def count(self, inputs: Iterable[Any]) -> None:
+        """The outermost call is on ``inputs``."""
+        self.sizes = {x.shape[self.axis] for x in inputs if isinstance(x, Tensor) and x.dim() > self.axis}
 
-    def check(self, name: str, outputs: list[Tensor], axis: int, rows_per_record: int) -> None:
-        """The rows of a layer's outputs, along ``axis``, must be those of the outermost call's inputs.
+    def close(self, module: nn.Module) -> None:
+        """It ends."""
+        if self.outermost is module:
+            self.outermost = None
 
-        Raises:
-            ValueError: they are not.
-        """
-        rows = {x.shape[axis] if x.dim() > axis else None for x in outputs}
-        possible = {size * factor for size in self._sizes for factor in (1, rows_per_record)}
-        if len(rows) != 1 or None in rows or (self.outermost is not None and possible and not rows & possible):
-            raise ValueError(
-                f"layer {name!r} returns {', '.join(str(tuple(x.shape)) for x in outputs)} in a call on "
-                f"{sorted(self._sizes)} rows: every layer must have the batch as its "
-                f"{'second' if axis else 'first'} axis, with rows_per_record = {rows_per_record} rows a record"
-            )
+
+def check_rows(name: str, outputs: Sequence[Tensor], sizes: set[int], axis: int, rows_per_record: int) -> None:
+    """The rows of a layer's outputs, along ``axis``, must be those of the outermost call's inputs, ``sizes``.
+
+    Raises:
+        ValueError: they are not.
+    """
+    rows = {x.shape[axis] if x.dim() > axis else None for x in outputs}
+    possible = {size * factor for size in sizes for factor in (1, rows_per_record)}
+    if len(rows) != 1 or None in rows or (possible and not rows & possible):
+        raise ValueError(
+            f"layer {name!r} returns {', '.join(str(tuple(x.shape)) for x in outputs)} in a call on "
+            f"{sorted(sizes)} rows: every layer must have the batch as its "
+            f"{'second' if axis else 'first'} axis, with rows_per_record = {rows_per_record} rows a record"
+        )

@@ -12,7 +12,6 @@ from opacus.optimizers import DPOptimizer as OpacusDPOptimizer
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from .. import ops
 from .capture import Capture, Origin
 from .clipping import FlatClipping
 from .keystream import Stream
@@ -358,10 +357,12 @@ class DPOptimizer(OpacusDPOptimizer):
         return 1.0 / self._expected_records
 
     def _pending_sums(self) -> list[Tensor]:
-        wide = [ops.widen(torch.empty(0, dtype=p.dtype)).dtype for p in self.params]
+        params = self.params
+        wide = [torch.promote_types(p.dtype, torch.float32) for p in params]
+        sums = [self._sums.get(p) for p in params]
         return [
-            self._sums[p].to(dtype) if p in self._sums else torch.zeros_like(p, dtype=dtype)
-            for p, dtype in zip(self.params, wide, strict=True)
+            torch.zeros_like(p, dtype=dtype) if total is None else total.to(dtype)
+            for p, total, dtype in zip(params, sums, wide, strict=True)
         ]
 
     def _close_batch(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -29,6 +30,16 @@ def full_precision(tensors: Iterable[Tensor]) -> ExitStack:
     return stack
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts to on such devices here; None where it is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def autocast_as(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
+    """Context with autocast as :func:`autocast_dtype` found it."""
+    return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
+
+
 def records_at_most(expected: float) -> int:
     """Records that a Poisson draw of ``expected`` ones exceeds with probability below 2^-64.
 
@@ -38,6 +49,7 @@ def records_at_most(expected: float) -> int:
     return math.ceil(expected + tail / 3 + math.sqrt((tail / 3) ** 2 + 2 * tail * expected))
 
 
+@functools.lru_cache(maxsize=16)  # a step asks for the same each time
 def sum_rounding(expected_records: float, dtype: torch.dtype = torch.float32, largest: float = 0) -> float:
     """How far rounding can move the clipped sum when one record joins or leaves, in units of the clipping bound C.
 

@@ -33,17 +33,28 @@ class _Identity(torch.autograd.Function):
 
 
 class Taps:
-    """Puts taps on outputs, and knows a backward pass towards parameters from one towards inputs only."""
+    """Puts taps on outputs, and knows a backward pass towards parameters from one towards inputs only.
+
+    Attributes:
+        arrived: reports of compiled graphs (:mod:`.traced`), each of which adds a one to the anchor's gradient.
+    """
 
     def __init__(self) -> None:
-        self._anchor = torch.zeros((), requires_grad=True)
-        self._node = torch.autograd.graph.get_gradient_edge(self._anchor).node
+        self.anchor = torch.zeros((), requires_grad=True)
+        self.arrived = 0
+        self._node = torch.autograd.graph.get_gradient_edge(self.anchor).node
 
     def on(self, outputs: Sequence[Tensor], saved: Sequence[Tensor], report: Report) -> tuple[Tensor, ...]:
         """``outputs`` again; when a backward pass comes through, ``report(saved, output gradients)`` is called."""
-        return _Identity.apply(report, len(outputs), self._anchor.to(outputs[0].device), *outputs, *saved)
+        return _Identity.apply(report, len(outputs), self.anchor.to(outputs[0].device), *outputs, *saved)
 
     def reaches_parameters(self) -> bool:
         """Inside a backward pass: false under ``torch.autograd.grad`` with respect to inputs alone, which passes
         through the taps too and means no parameter."""
         return torch._C._will_engine_execute_node(self._node)
+
+    def lost(self) -> bool:
+        """Whether more reports were due from compiled graphs than arrived, since the last call."""
+        due, self.anchor.grad = self.anchor.grad, None
+        arrived, self.arrived = self.arrived, 0
+        return due is not None and int(due) > arrived

@@ -73,10 +73,11 @@ class FusedUpdate(ABC):
 
     def _states(self, params: list[Tensor], key: str) -> list[Tensor]:
         """State tensors ``key`` of ``params``, created as zeros where the optimizer has none yet."""
-        for p in params:
-            if self.optimizer.state[p].get(key) is None:
-                self.optimizer.state[p][key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return [self.optimizer.state[p][key] for p in params]
+        states = [self.optimizer.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
+            if state.get(key) is None:
+                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return [state[key] for state in states]
 
 
 class _FusedSGD(FusedUpdate):
@@ -106,9 +107,10 @@ class _FusedAdam(FusedUpdate):
         return int(self.optimizer.state[parameter].get("step", 0))
 
     def _update(self, group: dict[str, Any], params: list[Tensor], sums: list[Tensor], **noise: Any) -> None:
-        for p in params:
-            state = self.optimizer.state[p]
-            state.setdefault("step", torch.tensor(0.0, dtype=torch.get_default_dtype()))
+        states = [self.optimizer.state[p] for p in params]
+        for state in states:
+            if "step" not in state:
+                state["step"] = torch.tensor(0.0, dtype=torch.get_default_dtype())
             state["step"] += 1
         ops.noise_adam_(
             params,
@@ -116,7 +118,7 @@ class _FusedAdam(FusedUpdate):
             self._states(params, "exp_avg"),
             self._states(params, "exp_avg_sq"),
             self._states(params, "max_exp_avg_sq") if group["amsgrad"] else [],
-            optimizer_step=int(self.optimizer.state[params[0]]["step"]),
+            optimizer_step=int(states[0]["step"]),
             lr=float(group["lr"]),
             beta1=float(group["betas"][0]),
             beta2=float(group["betas"][1]),

@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .gradients import Gradient
+from .precision import autocast_as, autocast_dtype
 from .tap import Taps
 
 # How far the two may be apart: a part of the norm that a sum of randomly signed gradients has, and a part of the whole
@@ -38,7 +39,7 @@ _ATTEMPTS = 10  # batches that are checked at most
 
 
 @dataclass
-class _Call:
+class Call:
     """One outermost call of the first batch, as it can be run again."""
 
     module: nn.Module
@@ -46,7 +47,7 @@ class _Call:
     kwargs: dict
     trainable: set[Tensor]
     random: dict[torch.device, Tensor]
-    autocast: Callable[[], torch.autocast]
+    autocast: torch.dtype | None
     tapped: list[int] = field(default_factory=list)  # which leaves of the output
     outputs: list[Tensor] = field(default_factory=list)  # as they were, to know them again
     backprops: list[Tensor] = field(default_factory=list)
@@ -71,10 +72,10 @@ class FirstBatch:
         self._wanted = wanted
         self._attempts = self._records = 0
         self._taps = taps
-        self._open: _Call | None = None
+        self._open: Call | None = None
         self._without_graph: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._calls: list[_Call] = []
-        self._repeating: _Call | None = None
+        self._calls: list[Call] = []
+        self._repeating: Call | None = None
         self._repeated: list[Any] = []
         self._refused = ""
 
@@ -87,19 +88,17 @@ class FirstBatch:
         # Inside a backward pass it is a checkpoint's recomputation, which counts where nothing was seen the first time.
         if torch._C._current_graph_task_id() != -1 and module not in self._without_graph:
             return
-        leaves, _ = tree_flatten((args, kwargs))
-        device = next((x.device for x in leaves if isinstance(x, Tensor)), torch.device("cpu"))
+        device = _device((args, kwargs))
+        self._open = self.remember(module, args, kwargs, trainable, autocast_dtype(device.type))
+
+    def remember(
+        self, module: nn.Module, args: tuple, kwargs: dict, trainable: set[Tensor], autocast: torch.dtype | None
+    ) -> Call:
+        """A call as it can be run again."""
+        random = _random_states(_device((args, kwargs)))
         # Contiguous: PyTorch 2.13 crashes in the backward pass of a GroupNorm that comes first on channels-last images.
         args, kwargs = tree_map(_copy, (args, kwargs))
-        dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
-        self._open = _Call(
-            module,
-            args,
-            kwargs,
-            trainable,
-            _random_states(device),
-            lambda: torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False),
-        )
+        return Call(module, args, kwargs, trainable, random, autocast)
 
     def end(self, output: Any) -> Any:
         """The outermost call ends; its output again, tapped."""
@@ -110,22 +109,27 @@ class FirstBatch:
         call.tapped = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
         if not call.tapped:
             if opaque := [x for x in leaves if not isinstance(x, Tensor | int | float | str | None)]:
-                self._give_up(f"{type(call.module).__name__} returns a {type(opaque[0]).__name__}")
+                self.give_up(f"{type(call.module).__name__} returns a {type(opaque[0]).__name__}")
             return None
         call.outputs = [leaves[i].detach().clone() for i in call.tapped]
 
         def report(_: tuple[Tensor, ...], backprops: tuple[Tensor, ...]) -> None:
-            if not self.waiting or not self._taps.reaches_parameters():
-                return
-            if call.backprops:  # a second loss on the same forward
-                backprops = tuple(a + b for a, b in zip(call.backprops, backprops, strict=True))
-            else:
-                self._calls.append(call)
-            call.backprops = [b.detach() for b in backprops]
+            if self._taps.reaches_parameters():
+                self.arrived(call, [b.detach() for b in backprops])
 
         for i, x in zip(call.tapped, self._taps.on([leaves[i] for i in call.tapped], [], report), strict=True):
             leaves[i] = x
         return structure.unflatten(leaves)
+
+    def arrived(self, call: Call, backprops: list[Tensor]) -> None:
+        """The gradients of a call's outputs."""
+        if not self.waiting:
+            return
+        if call.backprops:  # a second loss on the same forward
+            call.backprops = [a + b for a, b in zip(call.backprops, backprops, strict=True)]
+        else:
+            self._calls.append(call)
+            call.backprops = backprops
 
     def note(self, module: nn.Module, output: Any) -> None:
         """While a call is run again: a container returned ``output``; hooks that came later may still change it."""
@@ -147,7 +151,8 @@ class FirstBatch:
         """Check nothing from now on."""
         self.waiting = self._wanted = False
 
-    def _give_up(self, reason: str) -> None:
+    def give_up(self, reason: str) -> None:
+        """Check nothing from now on, and say why."""
         self.turn_off()
         warnings.warn(
             f"the first batch's gradients could not be checked against autograd's: {reason}. Pass "
@@ -174,7 +179,7 @@ class FirstBatch:
         if not all(size < float("inf") for size in sizes):
             self._attempts += 1
             if self._attempts >= _ATTEMPTS:
-                self._give_up("every batch so far had a record whose gradient is not finite")
+                self.give_up("every batch so far had a record whose gradient is not finite")
             return
         generator = torch.Generator().manual_seed(self._attempts)
         signs = (torch.randint(2, (records,), generator=generator) * 2 - 1) * (
@@ -197,9 +202,9 @@ class FirstBatch:
             for call in calls:
                 for total, gradient in zip(want, self._repeat(call, parameters, rows), strict=True):
                     total += 0 if gradient is None else gradient
-                coarse |= call.autocast()._enabled
+                coarse |= call.autocast is not None
         except _CannotRepeat as reason:
-            self._give_up(str(reason))
+            self.give_up(str(reason))
             return
         whole = sum(size**2 for size in sizes) ** 0.5
         for (name, (p, uses)), total, size in zip(found.items(), want, sizes, strict=True):
@@ -223,7 +228,7 @@ class FirstBatch:
         enough = self._records >= _ENOUGH and self.proved.issuperset(parameters)
         self.waiting = not enough and self._attempts < _ATTEMPTS
 
-    def _repeat(self, call: _Call, parameters: list[Tensor], rows: Tensor | None) -> list[Tensor | None]:
+    def _repeat(self, call: Call, parameters: list[Tensor], rows: Tensor | None) -> list[Tensor | None]:
         """Autograd's gradients of ``parameters`` from one call, with its output gradients weighted by ``rows``."""
         used = [p for p in parameters if p in call.trainable]
         if not used:
@@ -236,7 +241,7 @@ class FirstBatch:
                     args, kwargs = tree_map(
                         lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs)
                     )
-                    with call.autocast():
+                    with autocast_as(_device((args, kwargs)).type, call.autocast):
                         call.module(*args, **kwargs)
                 except Exception as error:
                     raise _CannotRepeat(f"a second run of {type(call.module).__name__} raises {error!r}") from error
@@ -245,7 +250,7 @@ class FirstBatch:
                     raise _CannotRepeat(f"a second run of {type(call.module).__name__} returns something else")
                 for again, before in zip(outputs, call.outputs, strict=True):
                     size = float(before.abs().max()) if before.numel() else 0.0
-                    same = 1e-2 if call.autocast()._enabled else _SAME.get(before.dtype, 1e-2)
+                    same = 1e-2 if call.autocast else _SAME.get(before.dtype, 1e-2)
                     if again.shape != before.shape or not torch.allclose(again, before, same, 0.1 * same * size, True):
                         raise _CannotRepeat(
                             f"a second run of {type(call.module).__name__} on the same inputs, from the same state of "
@@ -263,6 +268,10 @@ class FirstBatch:
         finally:
             self._repeating, self._repeated = None, []
         return [gradients.get(p) for p in parameters]
+
+
+def _device(inputs: Any) -> torch.device:
+    return next((x.device for x in tree_leaves(inputs) if isinstance(x, Tensor)), torch.device("cpu"))
 
 
 def _copy(x: Any) -> Any:
