@@ -110,6 +110,8 @@ def test_no_performance_setting_is_part_of_the_mechanism():
     changed = {
         "engine": "opacus",
         "physical_batch_size": 3,
+        "max_memory_overhead": 2.0,
+        "measure_plan": True,
         "threads": 1,
         "checkpoint_every": 2,
         "device": "cpu",
