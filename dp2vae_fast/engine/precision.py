@@ -59,11 +59,16 @@ def sum_rounding(expected_records: float, dtype: torch.dtype = torch.float32, la
     :data:`RECORDS_PER_PART`, blocks of :data:`PARTS_PER_BLOCK` parts, physical batches and what other ranks have in
     float64, and the total is rounded once: ``h = RECORDS_PER_PART + PARTS_PER_BLOCK + 4``.
 
-    Products over several positions are summed in float64. There a term is not a record's contribution but a part of
-    it, and parts may cancel: the lengths of a record's T parts add up to at most ``C / sqrt(2 T u s)``, since its clip
-    factor counts at least the part s = :data:`STILL_COUNTED` of float32's error bound ``2 T u (sum of lengths)^2``
-    (:mod:`.clipping`). With ``h = B T`` additions of unit roundoff 2^-53 that is the second term. (Norms of float64
-    operands have an error term of their own size; for them the second term is an estimate.)
+    Where a weight is used at several positions, the native kernels form each record's product apart from all others and
+    add it as one term. It differs from the exact gradient by the rounding of that record's own product, which the error
+    bound of its norm counts (:mod:`dp2vae_fast.ops.norm`), so it too is at most C long.
+
+    The references add up the positions of all records in float64 instead. There a term is not a record's contribution
+    but a part of it, and parts may cancel: the lengths of a record's T parts add up to at most ``C / sqrt(2 T u s)``,
+    since its clip factor counts at least the part s = :data:`STILL_COUNTED` of float32's error bound
+    ``2 T u (sum of lengths)^2`` (:mod:`.clipping`). With ``h = B T`` additions of unit roundoff 2^-53 that is the second
+    term, which is added whatever the kernels. (Norms of float64 operands have an error term of their own size; for them
+    it is an estimate.)
 
     Args:
         expected_records: of a Poisson draw.
