@@ -93,31 +93,33 @@ class Attention(nn.Module):
 
 
 class ViT(nn.Module):
-    """Small vision transformer; positions are an Embedding, for which engines have a rule, and tokens are averaged."""
+    """Small vision transformer. What some engine has no rule for is written as what all have one for: patches are cut
+    from the images and go through a Linear, positions are an Embedding, tokens are averaged."""
 
     def __init__(self, size: int = 32, patch: int = 4, width: int = 192, depth: int = 4, heads: int = 3) -> None:
         super().__init__()
-        self.patches, self.positions = nn.Conv2d(3, width, patch, patch), nn.Embedding((size // patch) ** 2, width)
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    nn.Sequential(nn.LayerNorm(width), Attention(width, heads)),
-                    nn.Sequential(
-                        nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-                    ),
-                ]
-            )
-            for _ in range(depth)
-        )
+        self.patch, self.patches = patch, nn.Linear(3 * patch**2, width)
+        self.positions = nn.Embedding((size // patch) ** 2, width)
+        self.blocks = nn.Sequential(*(_TransformerBlock(width, heads) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.patches(images).flatten(2).transpose(1, 2)
-        x = x + self.positions(torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]))
-        for attention, mlp in self.blocks:  # type: ignore[misc]
-            x = x + attention(x)
-            x = x + mlp(x)
-        return self.head(self.norm(x).mean(1))
+        cut = images.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch)).permute(0, 2, 4, 1, 3, 5)
+        x = self.patches(cut.flatten(3).flatten(1, 2))
+        x = x + self.positions(torch.arange(x.shape[1]).repeat(len(x), 1))
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+class _TransformerBlock(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
 
 
 def _up(channels: int, out: int, norm: bool = True) -> list[nn.Module]:
