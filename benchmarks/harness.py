@@ -126,13 +126,13 @@ def measure(workload: str, threads: int, malloc: str, names: list[str], settings
     row: dict[str, Any] = {"workload": workload, "threads": threads, "malloc": malloc}
     with ExitStack() as stack:
         path = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "truth")
-        with Process(threads, malloc, settings) as oracle:
-            row |= oracle.ask("find_truth", workload=workload, path=path)
+        oracle, *processes = (stack.enter_context(Process(threads, malloc, settings)) for _ in range(1 + len(names)))
+        row |= oracle.ask("find_truth", workload=workload, path=path)
+        oracle.process.kill()
         if "refused" in row:
             raise ValueError(row["refused"])
         racers, results = {}, {}
-        for name in names:
-            process = stack.enter_context(Process(threads, malloc, settings))
+        for name, process in zip(names, processes, strict=True):
             results[name] = set_up(process, workload, name, row["max_grad_norm"], path, settings)
             if results[name]["status"] == "ok":
                 racers[name] = process

@@ -41,4 +41,6 @@ def rounded(value: Any) -> Any:
     """The same with numbers of four digits, which is more than a measurement knows."""
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value

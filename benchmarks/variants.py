@@ -181,3 +181,8 @@ VARIANTS = {
     "fastdp-mixopt-origin": Variant("FastDP MixOpt, origin", partial(peer, make=peers.fastdp, origin=True)),
     "vmap": Variant("vmap(grad)", per_sample),
 }
+
+
+def titles(names: list[str]) -> dict[str, str]:
+    """How tables name them."""
+    return {name: VARIANTS[name].title for name in names}

@@ -1,0 +1,93 @@
+"""The benchmark of whole steps: its gate finds planted faults, and its race survives variants that do not."""
+
+import json
+
+import gate
+import planted
+import pytest
+import report_step
+import variants
+import workloads
+from bench_scaling import largest
+from harness import Lost, Process, Settings, measure
+from record import Record
+
+TINY = "W1-decoder@6"
+QUICK = Settings(rounds=2, fewest=1, patience=0.0, warm_up=1, limit=60.0)
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return gate.oracle(workloads.make(TINY))
+
+
+def verdict(truth: gate.Truth, variant: variants.Variant) -> gate.Verdict:
+    run = variant.build(workloads.make(TINY), truth.bound)
+    run.step()
+    return gate.judge(variants.released(run), truth.sums[variant.private], variant.rounds_up)
+
+
+@pytest.mark.parametrize("name", ["non-private", "ours", "ours-channels-last", "opacus-hooks", "opacus-ghost", "vmap"])
+def test_the_gate_lets_right_steps_pass(truth, name):
+    assert not verdict(truth, variants.VARIANTS[name]).wrong
+
+
+@pytest.mark.parametrize("fault", ["CLIPS_TO_MORE", "DROPS_A_BIAS", "DOES_NOT_CLIP"])
+def test_the_gate_finds_planted_faults(truth, fault):
+    assert verdict(truth, getattr(planted, fault)).wrong
+
+
+def test_a_race_reports_who_got_through_and_why_the_others_did_not(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", planted.__file__.rpartition("/")[0])
+    names = ["planted:RIGHT", "planted:CLIPS_TO_MORE", "planted:REFUSES", "planted:DIES"]
+    row = measure(TINY, 1, "tuned", names, QUICK)
+    right, wrong, refused, dead = (row["variants"][name] for name in names)
+    assert right["status"] == "ok" and right["times"] == 2
+    assert 0 < right["p20_ms"] <= right["p50_ms"] <= right["p80_ms"] and right["peak_mib"] > 0
+    assert wrong["status"] == "wrong" and "p50_ms" not in wrong and wrong["error"] > 1e-3
+    assert refused == {"status": "refused", "why": "NotImplementedError: no rule for this"}
+    assert dead["status"] == "failed" and "ended with 3" in dead["why"]
+
+
+def test_a_variant_that_hangs_is_given_up_and_ended(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", planted.__file__.rpartition("/")[0])
+    with Process(1, "default", QUICK) as process:
+        process.ask("prepare", workload=TINY, variant="planted:HANGS", bound=1.0)
+        process.limit = 0.3
+        with pytest.raises(Lost, match="no answer to step"):
+            process.ask("step")
+    assert process.process.returncode is not None
+
+
+def test_a_record_goes_on_where_it_was_stopped(tmp_path):
+    file = tmp_path / "record.json"
+    Record(file, ("workload",), rounds=3).add({"workload": "W1", "variants": {}})
+    again = Record(file, ("workload",), rounds=3)
+    assert {"workload": "W1"} in again and {"workload": "W2"} not in again
+    with pytest.raises(SystemExit, match="otherwise"):
+        Record(file, ("workload",), rounds=4)
+    assert Record(file, ("workload",), rounds=4, again=True).content["rows"] == []
+    assert json.loads(file.read_text())["rows"]  # until a new row is there
+
+
+@pytest.mark.parametrize("most", [0, 1, 7, 100, 12_345])
+def test_the_largest_batch_is_found_within_five_percent(most):
+    asked = []
+
+    def peak(batch: int) -> float:
+        asked.append(batch)
+        return 300.0 + 2.0 * batch
+
+    found = largest(peak, 300.0 + 2.0 * most)
+    assert found <= most <= max(found + 1, 1.05 * found + 1) and len(asked) < 12
+
+
+def test_tables_say_where_ours_loses():
+    def result(milliseconds: float) -> dict:
+        return {"status": "ok", "p50_ms": milliseconds, "peak_mib": milliseconds}
+
+    row = {"variants": {"ours": result(2.0), "vmap": result(1.0), "opacus-ghost": result(3.0)}}
+    titles = variants.titles(list(row["variants"]))
+    assert report_step.against_rivals(row, titles) == "**loses: 0.50x** of vmap(grad)"
+    row["variants"]["vmap"] = {"status": "wrong", "why": ""}
+    assert report_step.against_rivals(row, titles) == "1.50x of Opacus ghost"
