@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scaling_cpu.json")
     parser.add_argument("--again", action="store_true")
     chosen = parser.parse_args()
+    chosen.variants = variants.in_order(chosen.variants)
     settings = Settings(
         rounds=chosen.rounds, fewest=3, budget=15.0, patience=chosen.patience, limit=chosen.limit, fastdp=chosen.fastdp
     )

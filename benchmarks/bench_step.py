@@ -43,12 +43,11 @@ def table(row: dict[str, Any]) -> str:
         f"{row['threads']} threads, {row['malloc']} malloc{busy}",
         f"{'':42}{'ms, p50':>10}{'p20':>9}{'p80':>9}{'ratio':>8}{'peak MiB':>10}",
     ]
-    base = row["variants"].get("non-private", {}).get("p50_ms")
     for name, result in row["variants"].items():
         if result["status"] != "ok":
             lines.append(f"{variants.VARIANTS[name].title:42}{result['status']}: {result['why']}")
             continue
-        ratio = f"{result['p50_ms'] / base:.2f}" if base else ""
+        ratio = f"{result['ratio']:.2f}" if "ratio" in result else ""
         times = "".join(f"{result[key]:{width}.1f}" for key, width in (("p50_ms", 10), ("p20_ms", 9), ("p80_ms", 9)))
         lines.append(f"{variants.VARIANTS[name].title:42}{times}{ratio:>8}{result['peak_mib']:10.0f}")
     return "\n".join(lines)
@@ -69,6 +68,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="begin the record anew")
     arguments = parser.parse_args()
     chosen = {k: getattr(arguments, k) or v for k, v in (SHORT if arguments.short else LONG).items()}
+    chosen["variants"] = variants.in_order(chosen["variants"])
     given = {k: getattr(arguments, k) for k in ("rounds", "patience", "limit") if getattr(arguments, k) is not None}
     settings = Settings(**{**(SHORT_SETTINGS if arguments.short else {}), **given}, fastdp=arguments.fastdp)
     path = arguments.out or (None if arguments.short else Path(__file__).parent / "results" / "step_cpu.json")

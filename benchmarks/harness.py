@@ -27,6 +27,7 @@ from bench_noise import used_elsewhere
 
 QUIET = 0.1  # cores that others may use
 BLOCK_S = 1.0  # rounds are judged in blocks of so many seconds at least, as the system counts in hundredths
+ROOM = 0.45  # of the machine's memory must be free for another variant to be set up beside those that are
 LARGE = str(2**32)
 MALLOC = {"default": {}, "tuned": {"MALLOC_MMAP_THRESHOLD_": LARGE, "MALLOC_TRIM_THRESHOLD_": LARGE}}
 
@@ -122,7 +123,10 @@ class Process:
 
 
 def measure(workload: str, threads: int, malloc: str, names: list[str], settings: Settings) -> dict[str, Any]:
-    """One row: what every variant made of the workload."""
+    """One row: what every variant made of the workload; ``ratio`` is to the first one's median.
+
+    Where their memory together is too much for the machine they race in heats, the first one in each.
+    """
     row: dict[str, Any] = {"workload": workload, "threads": threads, "malloc": malloc}
     with ExitStack() as stack:
         path = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "truth")
@@ -131,18 +135,47 @@ def measure(workload: str, threads: int, malloc: str, names: list[str], settings
         oracle.process.kill()
         if "refused" in row:
             raise ValueError(row["refused"])
-        racers, results = {}, {}
+        racers, results, busy = {}, {}, []
         for name, process in zip(names, processes, strict=True):
             results[name] = set_up(process, workload, name, row["max_grad_norm"], path, settings)
             if results[name]["status"] == "ok":
                 racers[name] = process
             else:
                 process.process.kill()
-        row |= {"rounds": settings.rounds, **race(racers, results, settings)}
-        for name, process in racers.items():
-            if results[name]["status"] == "ok":
-                results[name] |= _answer(process, "measure_memory")
-    return {**row, "variants": results}
+            if name == names[-1] or (free_memory() < ROOM and len(racers) > 1):
+                busy.append(heat(racers, results, names[0], settings))
+                for other in [other for other in racers if other != names[0]]:
+                    racers.pop(other).process.kill()
+    for result in results.values():
+        result.pop("seconds", None)
+    return {
+        **row,
+        "rounds": settings.rounds,
+        "cores_used_elsewhere": max(busy),
+        "heats": len(busy),
+        "variants": results,
+    }
+
+
+def heat(racers: dict[str, Process], results: dict[str, dict[str, Any]], base: str, settings: Settings) -> float:
+    """A race of those that are set up, and their memory; returns the cores that others used meanwhile."""
+    busy = race(racers, results, settings)
+    for name, process in racers.items():
+        result = results[name]
+        if result["status"] == "ok":
+            if results[base]["status"] == "ok":
+                result["ratio"] = result["p50_ms"] / results[base]["p50_ms"]
+            results[name] |= _answer(process, "measure_memory")
+    return busy
+
+
+def free_memory() -> float:
+    """Part of the machine's memory that is free; all of it where the system does not say."""
+    file = Path("/proc/meminfo")
+    if not file.exists():
+        return 1.0
+    sizes = {line.split(":")[0]: int(line.split()[1]) for line in file.read_text().splitlines()}
+    return sizes["MemAvailable"] / sizes["MemTotal"]
 
 
 def set_up(
@@ -168,9 +201,9 @@ def _answer(process: Process, do: str, **request: Any) -> dict[str, Any]:
     return {"status": "ok", **answer}
 
 
-def race(racers: dict[str, Process], results: dict[str, dict[str, Any]], settings: Settings) -> dict[str, Any]:
-    """Time single steps in turn; adds quantiles to ``results``, returns what others used of the machine."""
-    every = {name: _every(results[name].pop("seconds"), settings) for name in racers}
+def race(racers: dict[str, Process], results: dict[str, dict[str, Any]], settings: Settings) -> float:
+    """Time single steps in turn; adds quantiles to ``results``, returns the cores that others used meanwhile."""
+    every = {name: _every(results[name]["seconds"], settings) for name in racers}
     seconds: dict[str, list[float]] = {name: [] for name in racers}
     order, turn, give_up, used, lasted = list(racers), 0, time.monotonic() + settings.patience, 0.0, 0.0
     while turn < settings.rounds and order:
@@ -197,7 +230,7 @@ def race(racers: dict[str, Process], results: dict[str, dict[str, Any]], setting
     for name, times in seconds.items():
         if results[name]["status"] == "ok":
             results[name] |= {"times": len(times), **quantiles(times)}
-    return {"cores_used_elsewhere": round(used / lasted, 2) if lasted else 0.0}
+    return round(used / lasted, 2) if lasted else 0.0
 
 
 def _every(step: float, settings: Settings) -> int:

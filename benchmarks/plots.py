@@ -32,7 +32,7 @@ def caption(record: dict[str, Any], part: str) -> str:
     points = part_of(record, part)["points"]
     file = file_of(part)
     lines = [f"![Step time and peak memory against {AXES[part]}](../benchmarks/results/plots/{file.name})", ""]
-    for figure, what in {"p50_ms": "Time", "peak_mib": "Memory"}.items():
+    for figure, what in {"ratio": "Time", "peak_mib": "Memory"}.items():
         said = [(point["value"], against_rivals(point, record["titles"], figure)) for point in points]
         lost = [f"at {value}: {text}" for value, text in said if text.startswith("**")]
         lines.append(f"{what}: {'; '.join(lost) if lost else 'no other private step was better at any point'}.")

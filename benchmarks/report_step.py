@@ -28,13 +28,13 @@ def ok(row: Row, name: str) -> Row | None:
     return result if result and result["status"] == "ok" else None
 
 
-def fastest(row: Row, which: Callable[[str], bool], figure: str = "p50_ms") -> str | None:
+def fastest(row: Row, which: Callable[[str], bool], figure: str = "ratio") -> str | None:
     """The variant with the smallest ``figure`` among those that got through."""
-    found = {name: r[figure] for name in row["variants"] if which(name) and (r := ok(row, name))}
+    found = {name: r[figure] for name in row["variants"] if which(name) and (r := ok(row, name)) and figure in r}
     return min(found, key=found.__getitem__) if found else None
 
 
-def against_rivals(row: Row, titles: dict[str, str], figure: str = "p50_ms") -> str:
+def against_rivals(row: Row, titles: dict[str, str], figure: str = "ratio") -> str:
     """Ours, as it comes, against the best of the other private ones: a gain, or in bold a loss."""
     mine, rival = ok(row, OURS), fastest(row, is_rival, figure)
     if mine is None:
@@ -42,7 +42,7 @@ def against_rivals(row: Row, titles: dict[str, str], figure: str = "p50_ms") -> 
     if rival is None:
         return "no rival"
     gain = row["variants"][rival][figure] / mine[figure]
-    return f"{gain:.2f}x of {titles[rival]}" if gain >= 1 else f"**loses: {gain:.2f}x** of {titles[rival]}"
+    return f"{gain:.2f} ({titles[rival]})" if gain >= 1 else f"**{gain:.2f} ({titles[rival]}), a loss**"
 
 
 def step_times(record: Row) -> str:
@@ -91,13 +91,10 @@ def _times(rows: list[Row], titles: dict[str, str], names: tuple[str, ...] = ())
     milliseconds = [f"{b['p50_ms']:.1f}" if b else "" for b in base]
     lines.append(f"| {titles[BASE]}, ms | {' | '.join(milliseconds)} |")
     for name in names or [name for name in titles if name != BASE]:
-        cells = [
-            _cell(row, name, lambda r, b=b: f"{r['p50_ms'] / b['p50_ms']:.2f}" if b else "")
-            for row, b in zip(rows, base, strict=True)
-        ]
+        cells = [_cell(row, name, lambda r: f"{r['ratio']:.2f}" if "ratio" in r else "") for row in rows]
         if any(cells):
             lines.append(f"| {titles[name]} | {' | '.join(cells)} |")
-    lines.append(f"| *ours against the fastest rival* | {' | '.join(against_rivals(row, titles) for row in rows)} |")
+    lines.append(f"| *fastest rival over ours* | {' | '.join(against_rivals(row, titles) for row in rows)} |")
     return lines + _busy(rows)
 
 
@@ -108,7 +105,7 @@ def _memory(rows: list[Row], titles: dict[str, str]) -> list[str]:
         if any(cells):
             lines.append(f"| {titles[name]} | {' | '.join(cells)} |")
     cells = [against_rivals(row, titles, "peak_mib") for row in rows]
-    lines.append(f"| *ours against the smallest rival* | {' | '.join(cells)} |")
+    lines.append(f"| *smallest rival over ours* | {' | '.join(cells)} |")
     return lines
 
 

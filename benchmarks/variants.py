@@ -186,3 +186,8 @@ VARIANTS = {
 def titles(names: list[str]) -> dict[str, str]:
     """How tables name them."""
     return {name: VARIANTS[name].title for name in names}
+
+
+def in_order(names: list[str]) -> list[str]:
+    """The same in the order of tables: the non-private step, which ratios are to, first and always there."""
+    return [name for name in VARIANTS if name in names or name == "non-private"]

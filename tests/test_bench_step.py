@@ -3,6 +3,7 @@
 import json
 
 import gate
+import harness
 import planted
 import pytest
 import report_step
@@ -42,11 +43,47 @@ def test_a_race_reports_who_got_through_and_why_the_others_did_not(monkeypatch):
     names = ["planted:RIGHT", "planted:CLIPS_TO_MORE", "planted:REFUSES", "planted:DIES"]
     row = measure(TINY, 1, "tuned", names, QUICK)
     right, wrong, refused, dead = (row["variants"][name] for name in names)
-    assert right["status"] == "ok" and right["times"] == 2
+    assert right["status"] == "ok" and right["times"] == 2 and right["ratio"] == 1
     assert 0 < right["p20_ms"] <= right["p50_ms"] <= right["p80_ms"] and right["peak_mib"] > 0
     assert wrong["status"] == "wrong" and "p50_ms" not in wrong and wrong["error"] > 1e-3
     assert refused == {"status": "refused", "why": "NotImplementedError: no rule for this"}
     assert dead["status"] == "failed" and "ended with 3" in dead["why"]
+
+
+class Actor:
+    """Stands in for a process: every step takes as many seconds as it has been asked for steps."""
+
+    def __init__(self, *_):
+        self.process, self.steps, self.killed = self, 0, False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    def kill(self):
+        self.killed = True
+
+    def processor_time(self):
+        return 0.0
+
+    def ask(self, do, **request):
+        assert not self.killed
+        self.steps += do == "step"
+        answers = {"find_truth": {"max_grad_norm": 1.0}, "check": {"wrong": False}, "step": {"seconds": self.steps}}
+        return answers.get(do, {"peak_mib": 1.0})
+
+
+@pytest.mark.parametrize(("free", "heats"), [(1.0, 1), (0.1, 2)])
+def test_what_does_not_fit_together_races_in_heats(monkeypatch, free, heats):
+    monkeypatch.setattr(harness, "Process", Actor)
+    monkeypatch.setattr(harness, "free_memory", lambda: free)
+    row = measure(TINY, 1, "default", ["base", "one", "two"], Settings(rounds=3, fewest=3, patience=0.0))
+    assert row["heats"] == heats
+    assert [result["times"] for result in row["variants"].values()] == [3, 3, 3]
+    expected = [1.0, 1.0, 1.0 if heats == 1 else 3 / 6]  # the base has taken three steps more by then
+    assert [result["ratio"] for result in row["variants"].values()] == pytest.approx(expected)
 
 
 def test_a_variant_that_hangs_is_given_up_and_ended(monkeypatch):
@@ -83,11 +120,11 @@ def test_the_largest_batch_is_found_within_five_percent(most):
 
 
 def test_tables_say_where_ours_loses():
-    def result(milliseconds: float) -> dict:
-        return {"status": "ok", "p50_ms": milliseconds, "peak_mib": milliseconds}
+    def result(ratio: float) -> dict:
+        return {"status": "ok", "ratio": ratio}
 
     row = {"variants": {"ours": result(2.0), "vmap": result(1.0), "opacus-ghost": result(3.0)}}
     titles = variants.titles(list(row["variants"]))
-    assert report_step.against_rivals(row, titles) == "**loses: 0.50x** of vmap(grad)"
+    assert report_step.against_rivals(row, titles) == "**0.50 (vmap(grad)), a loss**"
     row["variants"]["vmap"] = {"status": "wrong", "why": ""}
-    assert report_step.against_rivals(row, titles) == "1.50x of Opacus ghost"
+    assert report_step.against_rivals(row, titles) == "1.50 (Opacus ghost)"
