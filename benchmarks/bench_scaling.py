@@ -46,7 +46,7 @@ def points(
             if result["status"] in ("failed", "refused", "wrong"):
                 dropped[name] = result
             elif result["p50_ms"] > 1e3 * step_cap:
-                why = f"{result['p50_ms'] / 1e3:.0f} s a step at {value}"
+                why = f"{result['p50_ms'] / 1e3:.2g} s a step at {value}"
                 dropped[name] = {"status": "skipped", "why": why}
         later = {name: dropped[name] for name in names if name not in left}
         rows.append({**found, "value": value, "variants": found["variants"] | later})

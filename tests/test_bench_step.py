@@ -9,7 +9,7 @@ import pytest
 import report_step
 import variants
 import workloads
-from bench_scaling import largest
+from bench_scaling import largest, points
 from harness import Lost, Process, Settings, measure
 from record import Record
 
@@ -105,6 +105,24 @@ def test_a_record_goes_on_where_it_was_stopped(tmp_path):
         Record(file, ("workload",), rounds=4)
     assert Record(file, ("workload",), rounds=4, again=True).content["rows"] == []
     assert json.loads(file.read_text())["rows"]  # until a new row is there
+
+
+def test_a_variant_that_is_too_slow_is_left_out_of_larger_points():
+    asked = []
+
+    def row(workload, names):
+        asked.append(list(names))
+        size = int(workload)
+        times = {"ours": 1.0, "opacus-ghost": 100.0 * size, "vmap": 1.0}
+        results = {name: {"status": "ok", "p50_ms": times[name]} for name in names}
+        if size == 3:
+            results["vmap"] = {"status": "failed", "why": "out of memory"}
+        return {"variants": results}
+
+    found = points({n: str(n) for n in range(1, 5)}, ["ours", "opacus-ghost", "vmap"], 0.15, row)
+    assert asked == [["ours", "opacus-ghost", "vmap"]] * 2 + [["ours", "vmap"], ["ours"]]
+    assert found[3]["variants"]["opacus-ghost"] == {"status": "skipped", "why": "0.2 s a step at 2"}
+    assert found[3]["variants"]["vmap"]["status"] == "failed" and found[3]["variants"]["ours"]["status"] == "ok"
 
 
 @pytest.mark.parametrize("most", [0, 1, 7, 100, 12_345])
