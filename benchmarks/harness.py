@@ -45,7 +45,7 @@ class Settings:
     """
 
     rounds: int = 15
-    budget: float = 30.0
+    budget: float = 15.0
     fewest: int = 5
     patience: float = 120.0
     limit: float = 300.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from report_step import OURS, against_rivals, ok, part_of
+from report_step import OURS, against_rivals, busy, ok, part_of
 
 FOLDER = Path(__file__).parent / "results" / "plots"
 AXES = {
@@ -42,7 +42,7 @@ def caption(record: dict[str, Any], part: str) -> str:
         for name, result in point["variants"].items()
         if result["status"] != "ok"
     }
-    return "\n".join([*lines, *(f"Not shown: {text}." for text in sorted(skipped))])
+    return "\n".join([*lines, *(f"Not shown: {text}." for text in sorted(skipped)), *busy(points)])
 
 
 def draw(record: dict[str, Any]) -> None:
@@ -51,6 +51,7 @@ def draw(record: dict[str, Any]) -> None:
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     FOLDER.mkdir(parents=True, exist_ok=True)
     with plt.rc_context({"svg.hashsalt": "dp2vae_fast", "svg.fonttype": "none", "font.size": 9}):
@@ -60,9 +61,12 @@ def draw(record: dict[str, Any]) -> None:
                 for index, (name, title) in enumerate(record["titles"].items()):
                     _curve(panel, part_of(record, part)["points"], name, title, entry, part == "width", f"C{index}")
                 panel.set(xscale="log", yscale="log", xlabel=AXES[part], ylabel=label)
+                ticks = {p["parameters"] if part == "width" else p["value"] for p in part_of(record, part)["points"]}
+                panel.set_xticks(sorted(ticks), [f"{t / 1e6:.2g} M" if t > 1e5 else str(t) for t in sorted(ticks)])
+                panel.xaxis.set_minor_locator(NullLocator())
                 panel.grid(alpha=0.3)
             panels[0].legend(fontsize=7)
-            figure.suptitle(part)
+            figure.suptitle(f"{part}: {AXES[part]}")
             figure.savefig(file_of(part), metadata={"Date": None})
             plt.close(figure)
 

@@ -80,9 +80,10 @@ def _header(rows: list[Row]) -> list[str]:
     return [f"| | {' | '.join(names)} |", "|---" * (1 + len(rows)) + "|"]
 
 
-def _busy(rows: list[Row]) -> list[str]:
+def busy(rows: list[Row]) -> list[str]:
+    """A line on how much of the machine others used, if it was much."""
     worst = max((row["cores_used_elsewhere"] for row in rows), default=0.0)
-    return ["", f"† Others used up to {worst:g} cores meanwhile."] if worst >= BUSY else []
+    return ["", f"† Others used up to {worst:g} cores of the machine meanwhile."] if worst >= BUSY else []
 
 
 def _times(rows: list[Row], titles: dict[str, str], names: tuple[str, ...] = ()) -> list[str]:
@@ -95,7 +96,7 @@ def _times(rows: list[Row], titles: dict[str, str], names: tuple[str, ...] = ())
         if any(cells):
             lines.append(f"| {titles[name]} | {' | '.join(cells)} |")
     lines.append(f"| *fastest rival over ours* | {' | '.join(against_rivals(row, titles) for row in rows)} |")
-    return lines + _busy(rows)
+    return lines + busy(rows)
 
 
 def _memory(rows: list[Row], titles: dict[str, str]) -> list[str]:
@@ -161,7 +162,7 @@ def fixed_cost(record: Row) -> str:
         if len(found) > 2:
             fixed, each = line_through(found)
             lines.append(f"| {title} | {fixed:.2f} | {each:.2f} |")
-    return "\n".join([*lines, "", f"W1-decoder, 1 to 8 records. {_made(record)}"])
+    return "\n".join([*lines, *busy(points), "", f"W1-decoder, 1 to 8 records. {_made(record)}"])
 
 
 def line_through(points: list[tuple[float, float]]) -> tuple[float, float]:
