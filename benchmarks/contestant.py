@@ -50,12 +50,18 @@ class Contestant:
         return {}
 
     def check(self, variant: str, path: str) -> dict[str, Any]:
-        """Take the first step, without noise, and judge it; from then on there is noise."""
+        """Take the first step, without noise, and judge it; from then on there is noise, of the size asked for."""
         self.run.step()
         chosen = find(variant)
-        verdict = gate.judge(variants.released(self.run), Truth.load(Path(path)).sums[chosen.private], chosen.rounds_up)
+        found, truth = variants.released(self.run), Truth.load(Path(path))
+        verdict = gate.judge(found, truth.sums[chosen.private], chosen.rounds_up)
         self.run.set_noise(1.0)
-        return {**vars(verdict), "wrong": verdict.wrong}
+        answer = {**vars(verdict), "wrong": verdict.wrong}
+        if chosen.private and not verdict.wrong:
+            self.run.step()
+            answer["noise"] = variants.noise_level(self.run, found) / truth.bound
+            answer["wrong"] = not 0.9 <= answer["noise"] <= 1.2
+        return answer
 
     def step(self, times: int = 1) -> dict[str, Any]:
         """Seconds of a single step, the last of ``times``."""

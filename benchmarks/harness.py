@@ -187,7 +187,10 @@ def set_up(
     if (done := _answer(process, "check", variant=variant, path=path))["status"] != "ok":
         return done
     if done.pop("wrong"):
-        return {**done, "status": "wrong", "why": f"off by {done['error']:.2g} of the sum, {done['worst']} most"}
+        why = f"off by {done['error']:.2g} of the sum, {done['worst']} most"
+        if "noise" in done:
+            why = f"noise of {done['noise']:.2g} times the bound instead of 1"
+        return {**done, "status": "wrong", "why": why}
     return done | _answer(process, "step", times=settings.warm_up)
 
 

@@ -11,6 +11,7 @@ A variant that does not take a problem raises; the harness records the first lin
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -65,6 +66,14 @@ def released(run: Run) -> dict[str, Tensor]:
     return {name: run.optimizer.state[p]["exp_avg"] / (1 - BETA1) for name, p in run.model.named_parameters()}
 
 
+def noise_level(run: Run, before: dict[str, Tensor]) -> float:
+    """Root mean square of what the second step's gradient is off the first one's, ``before``: the noise, where there is
+    some, as the model has hardly moved."""
+    moments = {name: run.optimizer.state[p]["exp_avg"] for name, p in run.model.named_parameters()}
+    second = [(moments[name] - BETA1 * (1 - BETA1) * g) / (1 - BETA1) - g for name, g in before.items()]
+    return float(torch.cat([g.flatten() for g in second]).square().mean().sqrt())
+
+
 def channels_last(problem: Problem) -> Problem:
     """Weights and images with channels innermost."""
 
@@ -101,8 +110,6 @@ def ours(
     **options: Any,
 ) -> Run:
     """``options`` are those of ``PrivacyEngine.privatize``; ``backend`` is what every op must run on."""
-    if backend:
-        ops.backend(backend).__enter__()  # for this process
     problem = channels_last(problem) if channels_innermost else problem
     inner = adam(problem.model)
     module, optimizer = PrivacyEngine().privatize(
@@ -117,9 +124,10 @@ def ours(
     call = torch.compile(module) if compiled else module
 
     def step() -> None:
-        optimizer.zero_grad()
-        problem.losses(call).sum().backward()  # type: ignore[arg-type]
-        optimizer.step()
+        with ops.backend(backend) if backend else nullcontext():
+            optimizer.zero_grad()
+            problem.losses(call).sum().backward()  # type: ignore[arg-type]
+            optimizer.step()
 
     return Run(step, partial(setattr, optimizer, "noise_multiplier"), inner, problem.model)
 

@@ -42,10 +42,16 @@ def _ends(problem: Problem, bound: float, hang: bool) -> Run:
     return Run(step, lambda _: None, adam(problem.model), problem.model)
 
 
+def _adds_no_noise(problem: Problem, bound: float) -> Run:
+    run = per_sample(problem, bound)
+    return Run(run.step, lambda _: None, run.optimizer, run.model)
+
+
 RIGHT = Variant("right", per_sample)
 CLIPS_TO_MORE = Variant("clips to 1.1 C", _clips_to_more)
 DROPS_A_BIAS = Variant("drops a bias", _drops_a_bias)
 DOES_NOT_CLIP = Variant("does not clip", _does_not_clip)
+ADDS_NO_NOISE = Variant("adds no noise", _adds_no_noise)
 REFUSES = Variant("refuses", _refuses)
 DIES = Variant("dies", partial(_ends, hang=False))
 HANGS = Variant("hangs", partial(_ends, hang=True))

@@ -1,6 +1,7 @@
 """The benchmark of whole steps: its gate finds planted faults, and its race survives variants that do not."""
 
 import json
+from dataclasses import replace
 
 import gate
 import harness
@@ -10,8 +11,11 @@ import report_step
 import variants
 import workloads
 from bench_scaling import largest, points
+from contestant import Contestant
 from harness import Lost, Process, Settings, measure
 from record import Record
+
+from dp2vae_fast.ops import _op
 
 TINY = "W1-decoder@6"
 QUICK = Settings(rounds=2, fewest=1, patience=0.0, warm_up=1, limit=60.0)
@@ -31,6 +35,30 @@ def verdict(truth: gate.Truth, variant: variants.Variant) -> gate.Verdict:
 @pytest.mark.parametrize("name", ["non-private", "ours", "ours-channels-last", "opacus-hooks", "opacus-ghost", "vmap"])
 def test_the_gate_lets_right_steps_pass(truth, name):
     assert not verdict(truth, variants.VARIANTS[name]).wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "noisy"), [("ours", True), ("opacus-hooks", True), ("opacus-ghost", True), ("ADDS_NO_NOISE", False)]
+)
+def test_the_gate_sees_whether_there_is_noise(truth, tmp_path, name, noisy):
+    truth.save(tmp_path / "truth")
+    contestant, name = Contestant(), name if noisy else f"planted:{name}"
+    contestant.prepare(TINY, name, truth.bound)
+    answer = contestant.check(name, str(tmp_path / "truth"))
+    assert answer["wrong"] is not noisy
+    assert answer["noise"] == pytest.approx(1.0 if noisy else 0.0, abs=0.05)
+
+
+def test_a_variant_on_a_backend_stays_on_it():
+    seen, problem = [], workloads.make(TINY)
+
+    def losses(*given):
+        seen.append(_op._requested)
+        return problem.loss.of_records(*given)
+
+    watched = replace(problem, loss=workloads.RecordLoss(losses))
+    variants.VARIANTS["ours-reference"].build(watched, 1.0).step()
+    assert seen == [("reference",)] and _op._requested is None
 
 
 @pytest.mark.parametrize("fault", ["CLIPS_TO_MORE", "DROPS_A_BIAS", "DOES_NOT_CLIP"])
