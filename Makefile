@@ -8,7 +8,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 PYTHON_ROOMS := dp2vae_fast kernels tests benchmarks setup.py
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: setup demo test lint types ci format clean
+.PHONY: setup demo test bench lint types ci format clean
 
 setup: $(BUILT)
 
@@ -26,6 +26,9 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 tests
+
+bench: setup
+	$(BIN)/python benchmarks/bench_step.py --short
 
 lint: setup
 	$(BIN)/ruff check $(PYTHON_ROOMS)

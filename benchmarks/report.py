@@ -16,6 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import plots
+import report_step
+
 HERE = Path(__file__).parent
 
 
@@ -142,17 +145,38 @@ def _percent(part: float) -> str:
 
 
 Table = Callable[[dict[str, Any]], str]
-PAGES: dict[str, dict[str, Table]] = {
-    "README.md": {"utility_digits": utility_digits, "noise_cpu": noise_cpu},
-    "docs/faults.md": {"faults": faults, "register": register},
-    "docs/privacy.md": {"bound": bound},
+STEP, SCALING = "step_cpu", "scaling_cpu"
+# Page -> mark -> (record, what to make of it)
+PAGES: dict[str, dict[str, tuple[str, Table]]] = {
+    "README.md": {
+        "utility_digits": ("utility_digits", utility_digits),
+        "step_small": (STEP, report_step.step_small),
+        "noise_cpu": ("noise_cpu", noise_cpu),
+    },
+    "docs/faults.md": {"faults": ("faults", faults), "register": ("register", register)},
+    "docs/privacy.md": {"bound": ("bound", bound)},
+    "docs/benchmarks.md": {
+        "step_times": (STEP, report_step.step_times),
+        "step_memory": (STEP, report_step.step_memory),
+        "why_not": (STEP, report_step.why_not),
+        "capacity": (SCALING, report_step.capacity),
+        "fixed_cost": (SCALING, report_step.fixed_cost),
+        "scaling": (SCALING, plots.captions),
+    },
 }
+
+
+def read(record: str) -> dict[str, Any] | None:
+    """A record, or None where there is none."""
+    file = HERE / "results" / f"{record}.json"
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def rendered(page: str, text: str) -> str:
     """The text of a page with every marked table made anew from its record."""
-    for name, render in PAGES[page].items():
-        table = render(json.loads((HERE / "results" / f"{name}.json").read_text()))
+    for name, (record, render) in PAGES[page].items():
+        content = read(record)
+        table = "Not measured yet." if content is None else render(content)
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not marked.search(text):
             raise SystemExit(f"{page} has no place for {name}: add <!-- {name} --> and <!-- end -->")
@@ -164,6 +188,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
+    scaling = read(SCALING)
+    if scaling is not None and not check:
+        plots.draw(scaling)
     for page in PAGES:
         file = HERE.parent / page
         text = file.read_text(encoding="utf-8")

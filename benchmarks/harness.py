@@ -1,0 +1,253 @@
+"""Races of whole training steps: one live fresh process a variant, single steps in turn, the order rotating.
+
+A row is one workload, number of threads and allocator. In it each variant is set up in a process of its own, passes
+the gate (:mod:`gate`) or is not timed, and warms up; then all step in turn. Rounds during which other processes used
+more than a tenth of a core are repeated while patience lasts; the row says how much it was. A slow variant sits some
+rounds out, to keep within its budget of time. Peak memory is taken afterwards, in steps that are not timed. What
+refuses, fails the gate, dies or hangs is reported with one line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bench_noise import used_elsewhere
+
+QUIET = 0.1  # cores that others may use
+BLOCK_S = 1.0  # rounds are judged in blocks of so many seconds at least, as the system counts in hundredths
+ROOM = 0.45  # of the machine's memory must be free for another variant to be set up beside those that are
+LARGE = str(2**32)
+MALLOC = {"default": {}, "tuned": {"MALLOC_MMAP_THRESHOLD_": LARGE, "MALLOC_TRIM_THRESHOLD_": LARGE}}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a row is measured. Times in seconds.
+
+    Args:
+        rounds: steps of each variant that are timed.
+        budget: what one variant may take of a row's timed steps; it still has ``fewest`` of them.
+        patience: how long noisy rounds are repeated.
+        limit: the longest that a variant may take for one answer.
+        fastdp: a checkout of FastDP.
+    """
+
+    rounds: int = 15
+    budget: float = 15.0
+    fewest: int = 5
+    patience: float = 120.0
+    limit: float = 300.0
+    warm_up: int = 2
+    fastdp: str = ""
+
+
+class Lost(Exception):
+    """A process that died, or did not answer in time."""
+
+
+class Process:
+    """A contestant's process; ends with the ``with`` block, whatever happened."""
+
+    def __init__(self, threads: int, malloc: str, settings: Settings) -> None:
+        count = str(threads)
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        environment |= {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, **MALLOC[malloc]}
+        here = Path(__file__).parent
+        environment["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), environment.get("PYTHONPATH", "")])
+        environment["DP2VAE_BENCH_FASTDP"] = settings.fastdp
+        self.limit = settings.limit
+        self.errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            [sys.executable, str(here / "contestant.py"), count],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        """One request and its answer.
+
+        Raises:
+            Lost: none came in time.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **request}).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise Lost(self._last_words(do)) from None
+        if not select.select([self.process.stdout], [], [], self.limit)[0]:
+            raise Lost(f"no answer to {do} in {self.limit:.0f} s")
+        line = self.process.stdout.readline()
+        if not line:
+            raise Lost(self._last_words(do))
+        return json.loads(line)
+
+    def processor_time(self) -> float:
+        """Core-seconds it has used."""
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def _last_words(self, do: str) -> str:
+        code = self.process.wait(timeout=10)
+        self.errors.seek(0)
+        lines = [line for line in self.errors.read().decode(errors="replace").splitlines() if line.strip()]
+        return f"the process ended with {code} during {do}" + (f": {lines[-1].strip()}" if lines else "")
+
+
+def measure(workload: str, threads: int, malloc: str, names: list[str], settings: Settings) -> dict[str, Any]:
+    """One row: what every variant made of the workload; ``ratio`` is to the first one's median.
+
+    Where their memory together is too much for the machine they race in heats, the first one in each.
+    """
+    row: dict[str, Any] = {"workload": workload, "threads": threads, "malloc": malloc}
+    with ExitStack() as stack:
+        path = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "truth")
+        oracle, *processes = (stack.enter_context(Process(threads, malloc, settings)) for _ in range(1 + len(names)))
+        row |= oracle.ask("find_truth", workload=workload, path=path)
+        oracle.process.kill()
+        if "refused" in row:
+            raise ValueError(row["refused"])
+        racers, results, busy = {}, {}, []
+        for name, process in zip(names, processes, strict=True):
+            results[name] = set_up(process, workload, name, row["max_grad_norm"], path, settings)
+            if results[name]["status"] == "ok":
+                racers[name] = process
+            else:
+                process.process.kill()
+            if name == names[-1] or (free_memory() < ROOM and len(racers) > 1):
+                busy.append(heat(racers, results, names[0], settings))
+                for other in [other for other in racers if other != names[0]]:
+                    racers.pop(other).process.kill()
+    for result in results.values():
+        result.pop("seconds", None)
+    return {
+        **row,
+        "rounds": settings.rounds,
+        "cores_used_elsewhere": max(busy),
+        "heats": len(busy),
+        "variants": results,
+    }
+
+
+def heat(racers: dict[str, Process], results: dict[str, dict[str, Any]], base: str, settings: Settings) -> float:
+    """A race of those that are set up, and their memory; returns the cores that others used meanwhile."""
+    busy = race(racers, results, settings)
+    for name, process in racers.items():
+        result = results[name]
+        if result["status"] == "ok":
+            if results[base]["status"] == "ok":
+                result["ratio"] = result["p50_ms"] / results[base]["p50_ms"]
+            results[name] |= _answer(process, "measure_memory")
+    return busy
+
+
+def free_memory() -> float:
+    """Part of the machine's memory that is free; all of it where the system does not say."""
+    file = Path("/proc/meminfo")
+    if not file.exists():
+        return 1.0
+    sizes = {line.split(":")[0]: int(line.split()[1]) for line in file.read_text().splitlines()}
+    return sizes["MemAvailable"] / sizes["MemTotal"]
+
+
+def set_up(
+    process: Process, workload: str, variant: str, bound: float, path: str, settings: Settings
+) -> dict[str, Any]:
+    """Build, gate, warm-up; the result so far, with how long a step takes."""
+    if (done := _answer(process, "prepare", workload=workload, variant=variant, bound=bound))["status"] != "ok":
+        return done
+    if (done := _answer(process, "check", variant=variant, path=path))["status"] != "ok":
+        return done
+    if done.pop("wrong"):
+        why = f"off by {done['error']:.2g} of the sum, {done['worst']} most"
+        if "noise" in done:
+            why = f"noise of {done['noise']:.2g} times the bound instead of 1"
+        return {**done, "status": "wrong", "why": why}
+    return done | _answer(process, "step", times=settings.warm_up)
+
+
+def _answer(process: Process, do: str, **request: Any) -> dict[str, Any]:
+    try:
+        answer = process.ask(do, **request)
+    except Lost as lost:
+        return {"status": "failed", "why": str(lost)}
+    if "refused" in answer:
+        return {"status": "refused", "why": answer["refused"]}
+    return {"status": "ok", **answer}
+
+
+def race(racers: dict[str, Process], results: dict[str, dict[str, Any]], settings: Settings) -> float:
+    """Time single steps in turn; adds quantiles to ``results``, returns the cores that others used meanwhile."""
+    every = {name: _every(results[name]["seconds"], settings) for name in racers}
+    seconds: dict[str, list[float]] = {name: [] for name in racers}
+    order, turn, give_up, used, lasted = list(racers), 0, time.monotonic() + settings.patience, 0.0, 0.0
+    while turn < settings.rounds and order:
+        start, before, first = time.monotonic(), _used_by_others(racers), turn
+        block: dict[str, list[float]] = {name: [] for name in racers}
+        while turn < settings.rounds and (turn == first or time.monotonic() - start < BLOCK_S):
+            order = order[1:] + order[:1]
+            for name in [name for name in order if turn % every[name] == 0]:
+                answer = _answer(racers[name], "step")
+                if answer["status"] == "ok":
+                    block[name].append(answer["seconds"])
+                else:
+                    results[name] |= answer
+                    order.remove(name)
+            turn += 1
+        length = time.monotonic() - start
+        others = max(0.0, _used_by_others(racers) - before)
+        if others >= QUIET * length and time.monotonic() < give_up:
+            turn = first  # again
+            continue
+        used, lasted = used + others, lasted + length
+        for name, times in block.items():
+            seconds[name] += times
+    for name, times in seconds.items():
+        if results[name]["status"] == "ok":
+            results[name] |= {"times": len(times), **quantiles(times)}
+    return round(used / lasted, 2) if lasted else 0.0
+
+
+def _every(step: float, settings: Settings) -> int:
+    """A variant whose step takes so long takes part in every so-many-th round."""
+    wanted = int(settings.budget / max(step, 1e-9))
+    times = min(settings.rounds, max(settings.fewest, wanted))
+    return max(1, settings.rounds // times)
+
+
+def _used_by_others(racers: dict[str, Process]) -> float:
+    return used_elsewhere() - sum(process.processor_time() for process in racers.values())
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    """Milliseconds that a fifth, half and four fifths of the steps took at most."""
+    tenths = statistics.quantiles(seconds * 2 if len(seconds) < 2 else seconds, n=10, method="inclusive")
+    return {f"p{p}_ms": 1e3 * tenths[p // 10 - 1] for p in (20, 50, 80)}

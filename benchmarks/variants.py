@@ -1,0 +1,201 @@
+"""The contestants: each builds, for a problem, one object that takes full training steps.
+
+A private step is forward, backward, clip, noise and Adam; a non-private one leaves clip and noise out. All of them are
+given the same ``torch.optim.Adam(fused=True)``, its state already allocated, and a loss that is a sum. So Adam's first
+moment after the first step is a tenth of the gradient that was released, which is how the gate reads it
+(:func:`released`): from the very object that is timed afterwards, whatever it does inside.
+
+A variant that does not take a problem raises; the harness records the first line of what it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import peers
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.optim import Adam
+from workloads import Problem
+
+from dp2vae_fast import PrivacyEngine, ops
+
+LR, BETA1 = 1e-4, 0.9
+
+
+@dataclass(frozen=True)
+class Run:
+    """A step, and how to set the noise multiplier of those to come; ``optimizer`` is the inner Adam."""
+
+    step: Callable[[], object]
+    set_noise: Callable[[float], None]
+    optimizer: Adam
+    model: nn.Module
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``build(problem, bound)`` sets a run up, with noise off.
+
+    Args:
+        rounds_up: it clips by an upper bound of each norm (:mod:`gate`).
+    """
+
+    title: str
+    build: Callable[[Problem, float], Run]
+    private: bool = True
+    rounds_up: bool = False
+
+
+def adam(model: nn.Module, **how: bool) -> Adam:
+    """Adam whose state exists before the first step, so that it counts as set-up in everybody's memory."""
+    optimizer = Adam(model.parameters(), lr=LR, betas=(BETA1, 0.999), **(how or {"fused": True}))
+    for p in model.parameters():
+        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32), **moments}
+    return optimizer
+
+
+def released(run: Run) -> dict[str, Tensor]:
+    """The gradient that the first step of ``run`` gave to Adam; zero where it gave none."""
+    return {name: run.optimizer.state[p]["exp_avg"] / (1 - BETA1) for name, p in run.model.named_parameters()}
+
+
+def noise_level(run: Run, before: dict[str, Tensor]) -> float:
+    """Root mean square of what the second step's gradient is off the first one's, ``before``: the noise, where there is
+    some, as the model has hardly moved."""
+    moments = {name: run.optimizer.state[p]["exp_avg"] for name, p in run.model.named_parameters()}
+    second = [(moments[name] - BETA1 * (1 - BETA1) * g) / (1 - BETA1) - g for name, g in before.items()]
+    return float(torch.cat([g.flatten() for g in second]).square().mean().sqrt())
+
+
+def channels_last(problem: Problem) -> Problem:
+    """Weights and images with channels innermost."""
+
+    def inner(x: Tensor) -> Tensor:
+        return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+    model = problem.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Problem(
+        problem.name, model, tuple(map(inner, problem.inputs)), tuple(map(inner, problem.targets)), problem.loss
+    )
+
+
+def non_private(
+    problem: Problem, bound: float, compiled: bool = False, channels_innermost: bool = False, **how: bool
+) -> Run:
+    problem = channels_last(problem) if channels_innermost else problem
+    optimizer, losses = adam(problem.model, **how), problem.losses
+    call = torch.compile(losses) if compiled else losses
+
+    def step() -> None:
+        optimizer.zero_grad()
+        call().sum().backward()
+        optimizer.step()
+
+    return Run(step, lambda _: None, optimizer, problem.model)
+
+
+def ours(
+    problem: Problem,
+    bound: float,
+    channels_innermost: bool = False,
+    compiled: bool = False,
+    backend: str = "",
+    **options: Any,
+) -> Run:
+    """``options`` are those of ``PrivacyEngine.privatize``; ``backend`` is what every op must run on."""
+    problem = channels_last(problem) if channels_innermost else problem
+    inner = adam(problem.model)
+    module, optimizer = PrivacyEngine().privatize(
+        problem.model,
+        inner,
+        noise_multiplier=0.0,
+        max_grad_norm=bound,
+        sample_rate=0.01,
+        expected_batch_size=problem.batch,
+        **options,
+    )
+    call = torch.compile(module) if compiled else module
+
+    def step() -> None:
+        with ops.backend(backend) if backend else nullcontext():
+            optimizer.zero_grad()
+            problem.losses(call).sum().backward()  # type: ignore[arg-type]
+            optimizer.step()
+
+    return Run(step, partial(setattr, optimizer, "noise_multiplier"), inner, problem.model)
+
+
+def per_sample(problem: Problem, bound: float) -> Run:
+    """DP-SGD in a dozen lines of plain PyTorch: ``vmap(grad)``, then one weighted sum a parameter."""
+    optimizer, noise = adam(problem.model), [0.0]
+    params = dict(problem.model.named_parameters())
+
+    def loss(values: dict[str, Tensor], given: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> Tensor:
+        output = functional_call(problem.model, values, tuple(t.unsqueeze(0) for t in given))
+        return problem.loss.of_records(output, *(t.unsqueeze(0) for t in wanted)).sum()
+
+    each = vmap(grad(loss), in_dims=(None, 0, 0))
+
+    def step() -> None:
+        found = each({name: p.detach() for name, p in params.items()}, problem.inputs, problem.targets)
+        lengths = torch.stack([g.flatten(1).norm(dim=1) for g in found.values()]).norm(dim=0)
+        factors = (bound / (lengths + 1e-6)).clamp(max=1)
+        for name, p in params.items():
+            p.grad = torch.tensordot(factors, found[name], 1) + noise[0] * bound * torch.randn_like(p)
+        del found
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Run(step, partial(noise.__setitem__, 0), optimizer, problem.model)
+
+
+def peer(problem: Problem, bound: float, make: Callable[..., tuple[Callable, Callable]], **options: Any) -> Run:
+    optimizer = adam(problem.model)
+    return Run(*make(problem, optimizer, bound, **options), optimizer, problem.model)
+
+
+def _opacus(mode: str) -> Callable[[Problem, float], Run]:
+    return partial(peer, make=peers.opacus, mode=mode)
+
+
+VARIANTS = {
+    "non-private": Variant("non-private", non_private, private=False),
+    "non-private-plain-adam": Variant(
+        "non-private, Adam(foreach=False, fused=False)",
+        partial(non_private, foreach=False, fused=False),
+        private=False,
+    ),
+    "non-private-channels-last": Variant(
+        "non-private, channels last", partial(non_private, channels_innermost=True), private=False
+    ),
+    "non-private-compiled": Variant("non-private, compiled", partial(non_private, compiled=True), private=False),
+    "ours": Variant("ours", ours, rounds_up=True),
+    "ours-channels-last": Variant("ours, channels last", partial(ours, channels_innermost=True), rounds_up=True),
+    "ours-compiled": Variant("ours, compiled", partial(ours, compiled=True), rounds_up=True),
+    "ours-float32-sums": Variant("ours, float32 sums", partial(ours, sum_dtype=torch.float32), rounds_up=True),
+    "ours-reference": Variant("ours, without kernels", partial(ours, backend="reference"), rounds_up=True),
+    "opacus-hooks": Variant("Opacus hooks", _opacus("hooks")),
+    "opacus-functorch": Variant("Opacus functorch", _opacus("functorch")),
+    "opacus-ew": Variant("Opacus ew", _opacus("ew")),
+    "opacus-ghost": Variant("Opacus ghost", _opacus("ghost")),
+    "fastdp-mixopt": Variant("FastDP MixOpt", partial(peer, make=peers.fastdp)),
+    "fastdp-mixopt-origin": Variant("FastDP MixOpt, origin", partial(peer, make=peers.fastdp, origin=True)),
+    "vmap": Variant("vmap(grad)", per_sample),
+}
+
+
+def titles(names: list[str]) -> dict[str, str]:
+    """How tables name them."""
+    return {name: VARIANTS[name].title for name in names}
+
+
+def in_order(names: list[str]) -> list[str]:
+    """The same in the order of tables: the non-private step, which ratios are to, first and always there."""
+    return [name for name in VARIANTS if name in names or name == "non-private"]

@@ -1,0 +1,176 @@
+"""The benchmark of whole steps: its gate finds planted faults, and its race survives variants that do not."""
+
+import json
+from dataclasses import replace
+
+import gate
+import harness
+import planted
+import pytest
+import report_step
+import variants
+import workloads
+from bench_scaling import largest, points
+from contestant import Contestant
+from harness import Lost, Process, Settings, measure
+from record import Record
+
+from dp2vae_fast.ops import _op
+
+TINY = "W1-decoder@6"
+QUICK = Settings(rounds=2, fewest=1, patience=0.0, warm_up=1, limit=60.0)
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return gate.oracle(workloads.make(TINY))
+
+
+def verdict(truth: gate.Truth, variant: variants.Variant) -> gate.Verdict:
+    run = variant.build(workloads.make(TINY), truth.bound)
+    run.step()
+    return gate.judge(variants.released(run), truth.sums[variant.private], variant.rounds_up)
+
+
+@pytest.mark.parametrize("name", ["non-private", "ours", "ours-channels-last", "opacus-hooks", "opacus-ghost", "vmap"])
+def test_the_gate_lets_right_steps_pass(truth, name):
+    assert not verdict(truth, variants.VARIANTS[name]).wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "noisy"), [("ours", True), ("opacus-hooks", True), ("opacus-ghost", True), ("ADDS_NO_NOISE", False)]
+)
+def test_the_gate_sees_whether_there_is_noise(truth, tmp_path, name, noisy):
+    truth.save(tmp_path / "truth")
+    contestant, name = Contestant(), name if noisy else f"planted:{name}"
+    contestant.prepare(TINY, name, truth.bound)
+    answer = contestant.check(name, str(tmp_path / "truth"))
+    assert answer["wrong"] is not noisy
+    assert answer["noise"] == pytest.approx(1.0 if noisy else 0.0, abs=0.05)
+
+
+def test_a_variant_on_a_backend_stays_on_it():
+    seen, problem = [], workloads.make(TINY)
+
+    def losses(*given):
+        seen.append(_op._requested)
+        return problem.loss.of_records(*given)
+
+    watched = replace(problem, loss=workloads.RecordLoss(losses))
+    variants.VARIANTS["ours-reference"].build(watched, 1.0).step()
+    assert seen == [("reference",)] and _op._requested is None
+
+
+@pytest.mark.parametrize("fault", ["CLIPS_TO_MORE", "DROPS_A_BIAS", "DOES_NOT_CLIP"])
+def test_the_gate_finds_planted_faults(truth, fault):
+    assert verdict(truth, getattr(planted, fault)).wrong
+
+
+def test_a_race_reports_who_got_through_and_why_the_others_did_not(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", planted.__file__.rpartition("/")[0])
+    names = ["planted:RIGHT", "planted:CLIPS_TO_MORE", "planted:REFUSES", "planted:DIES"]
+    row = measure(TINY, 1, "tuned", names, QUICK)
+    right, wrong, refused, dead = (row["variants"][name] for name in names)
+    assert right["status"] == "ok" and right["times"] == 2 and right["ratio"] == 1
+    assert 0 < right["p20_ms"] <= right["p50_ms"] <= right["p80_ms"] and right["peak_mib"] > 0
+    assert wrong["status"] == "wrong" and "p50_ms" not in wrong and wrong["error"] > 1e-3
+    assert refused == {"status": "refused", "why": "NotImplementedError: no rule for this"}
+    assert dead["status"] == "failed" and "ended with 3" in dead["why"]
+
+
+class Actor:
+    """Stands in for a process: every step takes as many seconds as it has been asked for steps."""
+
+    def __init__(self, *_):
+        self.process, self.steps, self.killed = self, 0, False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    def kill(self):
+        self.killed = True
+
+    def processor_time(self):
+        return 0.0
+
+    def ask(self, do, **request):
+        assert not self.killed
+        self.steps += do == "step"
+        answers = {"find_truth": {"max_grad_norm": 1.0}, "check": {"wrong": False}, "step": {"seconds": self.steps}}
+        return answers.get(do, {"peak_mib": 1.0})
+
+
+@pytest.mark.parametrize(("free", "heats"), [(1.0, 1), (0.1, 2)])
+def test_what_does_not_fit_together_races_in_heats(monkeypatch, free, heats):
+    monkeypatch.setattr(harness, "Process", Actor)
+    monkeypatch.setattr(harness, "free_memory", lambda: free)
+    row = measure(TINY, 1, "default", ["base", "one", "two"], Settings(rounds=3, fewest=3, patience=0.0))
+    assert row["heats"] == heats
+    assert [result["times"] for result in row["variants"].values()] == [3, 3, 3]
+    expected = [1.0, 1.0, 1.0 if heats == 1 else 3 / 6]  # the base has taken three steps more by then
+    assert [result["ratio"] for result in row["variants"].values()] == pytest.approx(expected)
+
+
+def test_a_variant_that_hangs_is_given_up_and_ended(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", planted.__file__.rpartition("/")[0])
+    with Process(1, "default", QUICK) as process:
+        process.ask("prepare", workload=TINY, variant="planted:HANGS", bound=1.0)
+        process.limit = 0.3
+        with pytest.raises(Lost, match="no answer to step"):
+            process.ask("step")
+    assert process.process.returncode is not None
+
+
+def test_a_record_goes_on_where_it_was_stopped(tmp_path):
+    file = tmp_path / "record.json"
+    Record(file, ("workload",), rounds=3).add({"workload": "W1", "variants": {}})
+    again = Record(file, ("workload",), rounds=3)
+    assert {"workload": "W1"} in again and {"workload": "W2"} not in again
+    with pytest.raises(SystemExit, match="otherwise"):
+        Record(file, ("workload",), rounds=4)
+    assert Record(file, ("workload",), rounds=4, again=True).content["rows"] == []
+    assert json.loads(file.read_text())["rows"]  # until a new row is there
+
+
+def test_a_variant_that_is_too_slow_is_left_out_of_larger_points():
+    asked = []
+
+    def row(workload, names):
+        asked.append(list(names))
+        size = int(workload)
+        times = {"ours": 1.0, "opacus-ghost": 100.0 * size, "vmap": 1.0}
+        results = {name: {"status": "ok", "p50_ms": times[name]} for name in names}
+        if size == 3:
+            results["vmap"] = {"status": "failed", "why": "out of memory"}
+        return {"variants": results}
+
+    found = points({n: str(n) for n in range(1, 5)}, ["ours", "opacus-ghost", "vmap"], 0.15, row)
+    assert asked == [["ours", "opacus-ghost", "vmap"]] * 2 + [["ours", "vmap"], ["ours"]]
+    assert found[3]["variants"]["opacus-ghost"] == {"status": "skipped", "why": "0.2 s a step at 2"}
+    assert found[3]["variants"]["vmap"]["status"] == "failed" and found[3]["variants"]["ours"]["status"] == "ok"
+
+
+@pytest.mark.parametrize("most", [0, 1, 7, 100, 12_345])
+def test_the_largest_batch_is_found_within_five_percent(most):
+    asked = []
+
+    def peak(batch: int) -> float:
+        asked.append(batch)
+        return 300.0 + 2.0 * batch
+
+    found = largest(peak, 300.0 + 2.0 * most)
+    assert found <= most <= max(found + 1, 1.05 * found + 1) and len(asked) < 12
+
+
+def test_tables_say_where_ours_loses():
+    def result(ratio: float) -> dict:
+        return {"status": "ok", "ratio": ratio}
+
+    row = {"variants": {"ours": result(2.0), "vmap": result(1.0), "opacus-ghost": result(3.0)}}
+    titles = variants.titles(list(row["variants"]))
+    assert report_step.against_rivals(row, titles) == "**0.50 (vmap(grad)), a loss**"
+    row["variants"]["vmap"] = {"status": "wrong", "why": ""}
+    assert report_step.against_rivals(row, titles) == "1.50 (Opacus ghost)"
