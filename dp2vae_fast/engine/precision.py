@@ -66,9 +66,9 @@ def sum_rounding(expected_records: float, dtype: torch.dtype = torch.float32, la
     The references add up the positions of all records in float64 instead. There a term is not a record's contribution
     but a part of it, and parts may cancel: the lengths of a record's T parts add up to at most ``C / sqrt(2 T u s)``,
     since its clip factor counts at least the part s = :data:`STILL_COUNTED` of float32's error bound
-    ``2 T u (sum of lengths)^2`` (:mod:`.clipping`). With ``h = B T`` additions of unit roundoff 2^-53 that is the second
-    term, which is added whatever the kernels. (Norms of float64 operands have an error term of their own size; for them
-    it is an estimate.)
+    ``2 T u (sum of lengths)^2`` (:mod:`.clipping`). With ``h = B T`` additions of unit roundoff 2^-53 that is the
+    second term, which is added whatever the kernels. (Norms of float64 operands have an error term of their own size;
+    for them it is an estimate.)
 
     Args:
         expected_records: of a Poisson draw.
