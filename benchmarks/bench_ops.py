@@ -42,6 +42,7 @@ class Case:
     check: Callable[[list[Any], Any], bool]
     bytes: float = 0.0
     macs: float = 0.0
+    rival: Callable[..., Any] | None = None  # the same by other means, on the same arguments
 
     @property
     def floor(self) -> float:
@@ -87,19 +88,54 @@ def _bounded(found: tuple[Tensor, Tensor], gradient: Tensor) -> bool:
     return bool(((norm_sq - exact).abs() <= error).all() and (error <= 0.5 * exact).all())
 
 
+def _products(
+    family: str,
+    shape: str,
+    made: Callable[[], list[Any]],
+    exact: Callable[[list[Any]], Tensor],
+    sizes: dict[str, float],
+    rival: Callable[..., Any] | None = None,
+) -> list[Case]:
+    """The four ops of a family. ``exact`` makes the gradients of the first records; ``sizes``: read (bytes of both
+    operands), kept (of all gradients), weight (of one), direct and gram (multiply-adds)."""
+
+    def norms(a: list[Any], r: Any) -> bool:
+        return _bounded(r[-2:], exact(a))
+
+    def gradients(a: list[Any], r: Any) -> bool:
+        return norms(a, r) and _close(r[0], exact(a))
+
+    def weighted() -> list[Any]:
+        arguments = made()
+        return [*arguments[:2], torch.linspace(0.1, 1, len(arguments[0])), *arguments[2:]]
+
+    def total(a: list[Any], r: Tensor) -> bool:
+        """Float64 sums over records and positions at once."""
+        return _close(r, OPS[f"{family}_weighted_sum"].reference(*a).double())
+
+    read, direct = sizes["read"], sizes["direct"]
+    return [
+        Case(f"{family}_norm_sq", shape, made, norms, read, min(direct, sizes["gram"]), rival),
+        Case(f"{family}_direct_norm_sq", shape, made, norms, read, direct),
+        Case(f"{family}_kept", shape, made, gradients, read + sizes["kept"], direct),
+        Case(f"{family}_weighted_sum", shape, weighted, total, read + sizes["weight"], direct),
+    ]
+
+
 def linear(what: str, n: int, t: int, d: int, p: int) -> list[Case]:
     def exact(arguments: list[Tensor]) -> Tensor:
         a, b = (x[:CHECKED].double() for x in arguments)
         return torch.einsum("ntp,ntd->npd", b, a)
 
-    direct, gram = n * t * d * p, n * t * (t + 1) / 2 * (d + p)
-    read = 4.0 * n * t * (d + p)
+    sizes = {
+        "read": 4.0 * n * t * (d + p),
+        "kept": 4.0 * n * d * p,
+        "weight": 4.0 * d * p,
+        "direct": n * t * d * p,
+        "gram": n * t * (t + 1) / 2 * (d + p),
+    }
     made = functools.partial(lambda: [_normal(n, t, d), _normal(n, t, p)])
-    shape = f"{what}: N={n} T={t} {d}→{p}"
-    return [
-        Case("linear_norm_sq", shape, made, lambda a, r: _bounded(r, exact(a)), read, min(direct, gram)),
-        Case("linear_grad_sample", shape, made, lambda a, r: _close(r, exact(a)), read + 4 * n * d * p, direct),
-    ]
+    return _products("linear", f"{what}: N={n} T={t} {d}→{p}", made, exact, sizes)
 
 
 def conv(what: str, n: int, c_in: int, c_out: int, side: int, k: int, s: int, transposed: bool = False) -> list[Case]:
@@ -119,15 +155,22 @@ def conv(what: str, n: int, c_in: int, c_out: int, side: int, k: int, s: int, tr
         ]
         return torch.stack([torch.autograd.grad(run(x, w, stride=s, padding=1), w, b)[0] for x, b in pairs])
 
+    def unfolded(x: Tensor, b: Tensor, *_: Any) -> Tensor:
+        """The Gram norm of an unfolded convolution, both halves."""
+        plain, spread = (x, b) if transposed else (b, x)
+        windows, plain = F.unfold(spread, k, padding=1, stride=s), plain.flatten(2)
+        return (torch.bmm(windows.transpose(1, 2), windows) * torch.bmm(plain.transpose(1, 2), plain)).sum((1, 2))
+
     plain, spread, positions = (c_in, c_out, side**2) if transposed else (c_out, c_in, out**2)
-    direct, patch = n * positions * math.prod(weight), n * positions**2 / 2 * (plain + s * s * spread)
-    read = 4.0 * n * (c_in * side**2 + c_out * out**2)
+    sizes = {
+        "read": 4.0 * n * (c_in * side**2 + c_out * out**2),
+        "kept": 4.0 * n * math.prod(weight),
+        "weight": 4.0 * math.prod(weight),
+        "direct": n * positions * math.prod(weight),
+        "gram": n * positions**2 / 2 * (plain + s * s * spread),
+    }
     shape = f"{what}: N={n} {c_in}→{c_out} {side}x{side} k{k}s{s}{' transposed' * transposed}"
-    written = 4 * n * math.prod(weight)
-    return [
-        Case("conv_norm_sq", shape, made, lambda a, r: _bounded(r, exact(a)), read, min(direct, patch)),
-        Case("conv_grad_sample", shape, made, lambda a, r: _close(r, exact(a)), read + written, direct),
-    ]
+    return _products("conv", shape, made, exact, sizes, unfolded)
 
 
 def _noise_case(op: str, parameters: int, numbers: int, settings: tuple[Any, ...]) -> Case:
@@ -166,12 +209,28 @@ CASES: list[Case] = [
     *conv("W1 32→1", 64, 32, 1, 14, 4, 2, transposed=True),
     *conv("W4 256→128", 4, 256, 128, 16, 3, 1),
     *conv("W4 128→64", 4, 128, 64, 32, 3, 1),
+    *conv("256→256 at 8x8", 8, 256, 256, 8, 3, 1),
+    *conv("256→256 at 16x16", 8, 256, 256, 16, 3, 1),
     Case(
-        "affine_grad_sample",
+        "kept_weighted_sum",
+        "N=64, 74 k numbers a record",
+        lambda: [_normal(64, 64 * 1152), torch.linspace(0.1, 1, 64)],
+        lambda a, r: _close(r, a[1].double() @ a[0].double()),
+        bytes=4.0 * 64 * 64 * 1152,
+    ),
+    Case(
+        "group_norm_grad_sample",
         "N=64 C=128 S=1024",
-        lambda: [_normal(64, 128, 1024), _normal(64, 128, 1024)],
-        lambda a, r: _close(r, (a[0][:CHECKED].double() * a[1][:CHECKED].double()).sum(2)),
+        lambda: [_normal(64, 128, 1024), _normal(64, 128, 1024), 8, 1e-5],
+        lambda a, r: _close(r[0], (F.group_norm(a[0].double(), 8) * a[1].double()).sum(2)),
         bytes=8.0 * 64 * 128 * 1024,
+    ),
+    Case(
+        "layer_norm_grad_sample",
+        "N=64 T=64 D=192",
+        lambda: [_normal(64, 64, 192), _normal(64, 64, 192), False, 1e-5],
+        lambda a, r: _close(r[0], (F.layer_norm(a[0].double(), [192]) * a[1].double()).sum(1)),
+        bytes=8.0 * 64 * 64 * 192,
     ),
     Case(
         "grad_sample_norm_sq",
@@ -199,11 +258,14 @@ CASES: list[Case] = [
     _noise_case("noise_adam_", 2**22, 7, (1 / 64, 3, 1e-3, 0.9, 0.999, 1e-8, 0.0, False, False)),
 ]
 TURNS = [(case, backend) for case in CASES for backend in BACKENDS if not OPS[case.op].missing(backend)]
+RIVALS = [case for case in CASES if case.rival is not None]
 
 
 @pytest.mark.parametrize(("case", "backend"), TURNS, ids=[f"{c.op}-{b}-{c.what}" for c, b in TURNS])
 def test_op(benchmark: Any, case: Case, backend: str) -> None:
     arguments = case.arguments()
+    if gap := OPS[case.op]._gap(backend, tuple(arguments), {}):
+        pytest.skip(gap)
     result = OPS[case.op](*arguments, backend=backend)
     assert case.check(arguments, result), "wrong, so not timed"
     arguments = case.arguments()
@@ -212,3 +274,15 @@ def test_op(benchmark: Any, case: Case, backend: str) -> None:
     times = benchmark.stats.stats.median / case.floor
     benchmark.extra_info.update(floor_ms=1e3 * case.floor, times_floor=times)
     benchmark.stats.name = f"{case.what} [{backend}] {times:.1f} x floor"
+
+
+@pytest.mark.parametrize("case", RIVALS, ids=[f"{c.op}-rival-{c.what}" for c in RIVALS])
+def test_rival(benchmark: Any, case: Case) -> None:
+    """In the same group as the op: the unfolded Gram norm, which the op does without."""
+    arguments = case.arguments()
+    assert case.rival is not None
+    found, (norm_sq, error) = case.rival(*arguments), OPS[case.op](*arguments)
+    assert bool(((found - norm_sq).abs() <= 1e-3 * norm_sq + error).all()), "wrong, so not timed"
+    benchmark.group = case.op
+    benchmark(case.rival, *arguments)
+    benchmark.stats.name = f"{case.what} [unfold + bmm] {benchmark.stats.stats.median / case.floor:.1f} x floor"

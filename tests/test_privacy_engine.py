@@ -15,10 +15,11 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dp2vae_fast import PrivacyEngine
+from dp2vae_fast import PrivacyEngine, ops
 from dp2vae_fast.engine.capture import Capture
 from dp2vae_fast.engine.keystream import Keystream
 from dp2vae_fast.engine.precision import sum_rounding
+from dp2vae_fast.ops import _op
 
 D = torch.float64
 
@@ -368,6 +369,29 @@ def test_one_pass_update_equals_the_inner_optimizer(name: str):
             runs[0][1].load_state_dict(copy.deepcopy(runs[1][1].state_dict()))
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.skipif(bool(_op._native_gap), reason=_op._native_gap)
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+def test_one_pass_update_takes_weights_with_channels_last(name: str):
+    """On the C++ kernels, and to where the two roads lead."""
+    torch.manual_seed(1)
+    first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 3)).to(memory_format=torch.channels_last)
+    models = [first, copy.deepcopy(first)]
+    images = torch.randn(5, 3, 7, 7)
+    for model, materialize in zip(models, (False, True), strict=True):
+        engine = PrivacyEngine(keystream=Keystream.seeded(2))
+        private, optimizer = privatize(
+            model, OPTIMIZERS[name], noise_multiplier=0.8, materialize_grad=materialize, engine=engine
+        )
+        for _ in range(3):
+            with ops.backend("cpp"):
+                private(images).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["momentum", "adam", "amsgrad"])

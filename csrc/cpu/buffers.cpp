@@ -13,7 +13,9 @@ namespace dp2vae {
 namespace {
 
 constexpr int64_t kSmall = int64_t{1} << 15;  // floats; smaller blocks are the system's business
-constexpr int64_t kPatience = 1024;           // a block that so many others were taken before is given back
+// Scratch memory above this is too: it would raise the peak of a step, which comes when no scratch is in use.
+constexpr int64_t kLargeScratch = int64_t{1} << 20;
+constexpr int64_t kPatience = 1024;  // a block that so many others were taken before is given back
 
 struct Block {
   float* data;
@@ -39,8 +41,8 @@ float* allocate(int64_t floats) {
   return static_cast<float*>(data);
 }
 
-float* take(int64_t floats) {
-  if (floats < kSmall) return allocate(floats);
+float* take(int64_t floats, int64_t most) {
+  if (floats < kSmall || floats > most) return allocate(floats);
   Pool& p = pool();
   {
     const std::lock_guard<std::mutex> guard(p.lock);
@@ -63,7 +65,7 @@ void give_back(void* data) {
   Pool& p = pool();
   const std::lock_guard<std::mutex> guard(p.lock);
   const auto found = p.used.find(static_cast<float*>(data));
-  if (found == p.used.end()) {  // a small one
+  if (found == p.used.end()) {  // not of the pool
     std::free(data);
     return;
   }
@@ -77,7 +79,7 @@ void give_back(void* data) {
 
 }  // namespace
 
-Buffer::Buffer(int64_t floats) : data_(take(floats)), floats_(floats) {}
+Buffer::Buffer(int64_t floats) : data_(take(floats, kLargeScratch)), floats_(floats) {}
 
 Buffer::~Buffer() { give_back(data_); }
 
@@ -86,7 +88,7 @@ void Buffer::zero() { std::memset(data_, 0, sizeof(float) * floats_); }
 torch::stable::Tensor pooled(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
   int64_t floats = 1;
   for (const int64_t size : sizes) floats *= size;
-  return torch::stable::from_blob(take(floats), sizes, strides,
+  return torch::stable::from_blob(take(floats, floats), sizes, strides,
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                   torch::headeronly::ScalarType::Float, give_back);
 }

@@ -80,10 +80,8 @@ Packing::Packing(const Product& p, const ProductKernels& k) {
 
 float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
-Tensor contiguous(const Ints& sizes) {
-  Ints strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
-  return pooled(sizes, strides);
+Tensor new_floats(const Tensor& like, const Ints& sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
 }
 
 // A squared norm as computed by the kernels, and its error bound.
@@ -140,20 +138,21 @@ void weigh_all(const Product& p, const float* factors, float* out) {
 }
 
 // `sizes` are those of a gradient, [A, B, *kernel]; it is kept as [A, *kernel, B].
-std::tuple<Tensor, Tensor, Tensor> kept(const Product& p, const Ints& weight_shape) {
+std::tuple<Tensor, Tensor, Tensor> kept(const Product& p, const Tensor& like, const Ints& weight_shape) {
   Ints sizes{p.records}, strides{p.numbers()};
   sizes.insert(sizes.end(), weight_shape.begin(), weight_shape.end());
   strides.resize(sizes.size());
   strides[1] = p.numbers() / weight_shape[0];
   strides[2] = 1;
   for (size_t d = sizes.size(), step = weight_shape[1]; d-- > 3; step *= sizes[d]) strides[d] = step;
-  Tensor values = pooled(sizes, strides), norm_sq = contiguous({p.records}), error = contiguous({p.records});
+  Tensor values = pooled(sizes, strides);
+  Tensor norm_sq = new_floats(like, {p.records}), error = new_floats(like, {p.records});
   form_all(p, floats(values), floats(norm_sq), floats(error));
   return {values, norm_sq, error};
 }
 
-std::tuple<Tensor, Tensor> direct_norm_sq(const Product& p) {
-  Tensor norm_sq = contiguous({p.records}), error = contiguous({p.records});
+std::tuple<Tensor, Tensor> direct_norm_sq(const Product& p, const Tensor& like) {
+  Tensor norm_sq = new_floats(like, {p.records}), error = new_floats(like, {p.records});
   form_all(p, nullptr, floats(norm_sq), floats(error));
   return {norm_sq, error};
 }
@@ -162,7 +161,7 @@ Tensor weighted_sum(const Product& p, const Tensor& factors, const std::vector<i
   STD_TORCH_CHECK(factors.is_cpu() && factors.scalar_type() == ScalarType::Float && factors.is_contiguous() &&
                       factors.dim() == 1 && factors.numel() == p.records,
                   "factors: expected ", p.records, " contiguous float32 numbers");
-  Tensor out = contiguous(sizes);
+  Tensor out = new_floats(factors, sizes);
   if (p.records == 0)
     torch::stable::zero_(out);
   else
@@ -182,11 +181,11 @@ const ProductKernels& product_kernels_in_use() {
 
 std::tuple<Tensor, Tensor, Tensor> linear_kept(const Tensor& activations, const Tensor& backprops) {
   const Product p = linear_product(activations, backprops);
-  return kept(p, {p.rows, p.channels});
+  return kept(p, activations, {p.rows, p.channels});
 }
 
 std::tuple<Tensor, Tensor> linear_direct_norm_sq(const Tensor& activations, const Tensor& backprops) {
-  return direct_norm_sq(linear_product(activations, backprops));
+  return direct_norm_sq(linear_product(activations, backprops), activations);
 }
 
 Tensor linear_weighted_sum(const Tensor& activations, const Tensor& backprops, const Tensor& factors) {
@@ -199,14 +198,15 @@ std::tuple<Tensor, Tensor, Tensor> conv_kept(const Tensor& activations, const Te
                                              int64_t groups, bool transposed) {
   const Product p =
       conv_product(activations, backprops, weight_shape, stride, padding, dilation, groups, transposed);
-  return kept(p, weight_shape);
+  return kept(p, activations, weight_shape);
 }
 
 std::tuple<Tensor, Tensor> conv_direct_norm_sq(const Tensor& activations, const Tensor& backprops,
                                                Ints weight_shape, Ints stride, Ints padding, Ints dilation,
                                                int64_t groups, bool transposed) {
   return direct_norm_sq(
-      conv_product(activations, backprops, weight_shape, stride, padding, dilation, groups, transposed));
+      conv_product(activations, backprops, weight_shape, stride, padding, dilation, groups, transposed),
+      activations);
 }
 
 Tensor conv_weighted_sum(const Tensor& activations, const Tensor& backprops, const Tensor& factors,
@@ -223,7 +223,7 @@ Tensor kept_weighted_sum(const Tensor& values, const Tensor& factors) {
                       factors.is_contiguous() && factors.numel() == values.size(0),
                   "kept_weighted_sum: expected contiguous float32 tensors [N, numbers] and [N]");
   const int64_t records = values.size(0), n = values.size(1);
-  Tensor out = contiguous({n});
+  Tensor out = new_floats(values, {n});
   const auto kernel = product_kernels_in_use().weigh_kept;
   torch::stable::parallel_for(0, n, 4096, [&](int64_t first, int64_t end) {
     kernel(static_cast<const float*>(values.const_data_ptr()),
@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor> grad_sample_norm_sq(const Tensor& grad_sample) {
                       grad_sample.is_contiguous() && grad_sample.dim() >= 1,
                   "grad_sample: expected a contiguous float32 tensor [N, ...]");
   const int64_t records = grad_sample.size(0), n = records > 0 ? grad_sample.numel() / records : 0;
-  Tensor norm_sq = contiguous({records}), error = contiguous({records});
+  Tensor norm_sq = new_floats(grad_sample, {records}), error = new_floats(grad_sample, {records});
   const auto kernel = product_kernels_in_use().squares;
   const float* values = static_cast<const float*>(grad_sample.const_data_ptr());
   float *norms = floats(norm_sq), *errors = floats(error);

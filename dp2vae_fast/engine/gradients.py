@@ -90,15 +90,14 @@ def _bytes(x: Tensor) -> int:
 
 
 def _describe(x: Tensor) -> str:
-    order = sorted(range(1, x.dim()), key=lambda d: -x.stride(d))
-    return f"{list(x.shape[1:])} {order} {x.dtype}"
+    return f"{list(x.shape[1:])} {ops.memory_order(x[:1])} {x.dtype}"
 
 
 def _random_like(x: Tensor, records: int) -> Tensor:
     """``records`` rows of random numbers, lying in memory as those of ``x`` do."""
-    order = sorted(range(1, x.dim()), key=lambda d: -x.stride(d))
-    lying = torch.randn(records, *(x.shape[d] for d in order), dtype=torch.float32, device=x.device).to(x.dtype)
-    return lying.permute(0, *(1 + order.index(d) for d in range(1, x.dim())))
+    order = ops.memory_order(x[0])
+    lying = torch.randn(records, *(x.shape[1 + d] for d in order), dtype=torch.float32, device=x.device).to(x.dtype)
+    return lying.permute(0, *(1 + order.index(d) for d in range(x.dim() - 1)))
 
 
 def _zeroed(x: Tensor, factors: Tensor) -> Tensor:
@@ -147,12 +146,11 @@ class Kept:
 
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         values = self.grad_sample()
-        # In the order in which they lie in memory: convolutions keep channels last.
-        order = sorted(range(1, values.dim()), key=lambda d: -values.stride(d))
-        lying = values.permute(0, *order)
-        flat = lying.reshape(self.records, math.prod(values.shape[1:]))
-        total = ops.kept_weighted_sum(flat, factors.to(values.dtype)).reshape(lying.shape[1:])
-        return total.permute([order.index(d) for d in range(1, values.dim())]).contiguous()
+        like = values.new_empty(1).expand(values.shape[1:]) if self.records == 0 else values[0]
+        order = ops.memory_order(like)  # convolutions keep channels last
+        flat = values.permute(0, *(1 + d for d in order)).reshape(self.records, like.numel())
+        total = ops.kept_weighted_sum(flat, factors.to(values.dtype)).reshape([like.shape[d] for d in order])
+        return total.permute([order.index(d) for d in range(like.dim())])
 
     def in_float64(self, records: Tensor) -> Kept:
         return Kept(self.values[records].double())

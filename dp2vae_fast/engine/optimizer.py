@@ -12,6 +12,7 @@ from opacus.optimizers import DPOptimizer as OpacusDPOptimizer
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from .. import ops
 from .capture import Capture, Origin
 from .clipping import FlatClipping
 from .keystream import Stream
@@ -272,7 +273,7 @@ class DPOptimizer(OpacusDPOptimizer):
         if self.noise_multiplier > 0:
             every = [p for group in self.param_groups for p in group["params"]]
             indices = [i for i, p in enumerate(every) if p.requires_grad]  # as the update in one pass numbers them
-            self.stream.add_noise_(sums, self._noise_std(), indices)
+            self.stream.add_noise_([ops.lying(s) for s in sums], self._noise_std(), indices)
         for p, total in zip(self.params, sums, strict=True):
             p.grad = total.to(p.dtype)
 
@@ -357,13 +358,8 @@ class DPOptimizer(OpacusDPOptimizer):
         return 1.0 / self._expected_records
 
     def _pending_sums(self) -> list[Tensor]:
-        params = self.params
-        wide = [torch.promote_types(p.dtype, torch.float32) for p in params]
-        sums = [self._sums.get(p) for p in params]
-        return [
-            torch.zeros_like(p, dtype=dtype) if total is None else total.to(dtype)
-            for p, total, dtype in zip(params, sums, wide, strict=True)
-        ]
+        """One a parameter, in float32 or wider, lying in memory as it does."""
+        return [_laid_out(self._sums.get(p), p) for p in self.params]
 
     def _close_batch(self) -> None:
         """A second batch begins before a step: true accumulation, where sampling allows it."""
@@ -376,3 +372,12 @@ class DPOptimizer(OpacusDPOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a DPOptimizer holds hooks and a secret noise stream: save its state_dict() instead")
+
+
+def _laid_out(total: Tensor | None, parameter: Tensor) -> Tensor:
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    if total is None:
+        return torch.zeros_like(parameter, dtype=dtype)
+    if total.stride() == parameter.stride():
+        return total.to(dtype)
+    return torch.empty_like(parameter, dtype=dtype).copy_(total)

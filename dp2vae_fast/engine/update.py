@@ -54,7 +54,7 @@ class FusedUpdate(ABC):
                 self._update(
                     group,
                     params,
-                    [sums[p] for p in params],
+                    [ops.lying(sums[p], p) for p in params],
                     key=stream.key_tensor(params[0].device),
                     step=torch.tensor(step, device=params[0].device),
                     mechanism=stream.mechanism,
@@ -69,15 +69,16 @@ class FusedUpdate(ABC):
         """What tells apart parameters that one call of :meth:`_update` cannot take together."""
 
     @abstractmethod
-    def _update(self, group: dict[str, Any], params: list[Tensor], sums: list[Tensor], **noise: Any) -> None: ...
+    def _update(self, group: dict[str, Any], params: list[Tensor], sums: list[Tensor], **noise: Any) -> None:
+        """One call of the op. Its arguments are views in the parameters' order in memory, ``sums`` already."""
 
     def _states(self, params: list[Tensor], key: str) -> list[Tensor]:
-        """State tensors ``key`` of ``params``, created as zeros where the optimizer has none yet."""
+        """State tensors ``key`` of ``params`` as they lie, created as zeros where the optimizer has none yet."""
         states = [self.optimizer.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
             if state.get(key) is None:
                 state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return [state[key] for state in states]
+        return [ops.lying(state[key], p) for p, state in zip(params, states, strict=True)]
 
 
 class _FusedSGD(FusedUpdate):
@@ -88,7 +89,7 @@ class _FusedSGD(FusedUpdate):
         momentum = group["momentum"]
         first_step = momentum != 0 and self.optimizer.state[params[0]].get("momentum_buffer") is None
         ops.noise_sgd_(
-            params,
+            [ops.lying(p) for p in params],
             sums,
             self._states(params, "momentum_buffer") if momentum != 0 else [],
             lr=float(group["lr"]),
@@ -113,7 +114,7 @@ class _FusedAdam(FusedUpdate):
                 state["step"] = torch.tensor(0.0, dtype=torch.get_default_dtype())
             state["step"] += 1
         ops.noise_adam_(
-            params,
+            [ops.lying(p) for p in params],
             sums,
             self._states(params, "exp_avg"),
             self._states(params, "exp_avg_sq"),

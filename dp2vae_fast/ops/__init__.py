@@ -19,6 +19,7 @@ from dp2vae_fast.ops.gradient import (
     linear_kept,
     linear_weighted_sum,
 )
+from dp2vae_fast.ops.layout import lying, memory_order
 from dp2vae_fast.ops.machine import instruction_set, native_kernels, processor
 from dp2vae_fast.ops.noise import add_noise_, noise_adam_, noise_sgd_, random_words
 from dp2vae_fast.ops.norm import (
@@ -50,6 +51,8 @@ __all__ = [
     "linear_kept",
     "linear_norm_sq",
     "linear_weighted_sum",
+    "lying",
+    "memory_order",
     "native_kernels",
     "noise_adam_",
     "noise_sgd_",

@@ -17,7 +17,11 @@ def _norm_bound(norm_sq: Tensor, error: Tensor) -> tuple[Tensor, float]:
     return bound_sq.sqrt(), 1.0 - (norm_sq.shape[0] + 6) * torch.finfo(bound_sq.dtype).eps
 
 
-@op()
+def _native(norm_sq: Tensor, error: Tensor, *_: float) -> bool | str:
+    return norm_sq.dtype == error.dtype == torch.float32 or "the kernel takes float32"
+
+
+@op(native=_native)
 def clip_factors(norm_sq: Tensor, error: Tensor, max_grad_norm: float) -> Tensor:
     """Factor by which each record's gradient is scaled so that its norm is at most ``max_grad_norm``.
 
@@ -37,7 +41,7 @@ def clip_factors(norm_sq: Tensor, error: Tensor, max_grad_norm: float) -> Tensor
     return torch.where(bound.isfinite(), factors, 0.0)
 
 
-@op()
+@op(native=_native)
 def normalize_factors(norm_sq: Tensor, error: Tensor, max_grad_norm: float, stability: float) -> Tensor:
     """Factor by which each record's gradient is scaled to nearly ``max_grad_norm``, short ones too.
 
