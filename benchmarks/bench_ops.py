@@ -1,6 +1,6 @@
 """Every op on every backend that has it, on shapes of real decoders, against a floor that is computed here.
 
-    python -m pytest benchmarks/bench_ops.py [-k conv] [--benchmark-max-time 0.3] [--benchmark-json FILE]
+    python -m pytest benchmarks/bench_ops.py [-k conv] [--benchmark-max-time 0.3] [--record results/ops_cpu.json]
 
 The floor of a case is the larger of two times: its bytes, each read or written once, at the rate of a copy of as many
 bytes on this machine, and the multiply-adds of the cheapest exact way that is known, at the rate of a float32 matrix
@@ -271,9 +271,7 @@ def test_op(benchmark: Any, case: Case, backend: str) -> None:
     arguments = case.arguments()
     benchmark.group = case.op
     benchmark(OPS[case.op], *arguments, backend=backend)
-    times = benchmark.stats.stats.median / case.floor
-    benchmark.extra_info.update(floor_ms=1e3 * case.floor, times_floor=times)
-    benchmark.stats.name = f"{case.what} [{backend}] {times:.1f} x floor"
+    _label(benchmark, case, backend)
 
 
 @pytest.mark.parametrize("case", RIVALS, ids=[f"{c.op}-rival-{c.what}" for c in RIVALS])
@@ -285,4 +283,10 @@ def test_rival(benchmark: Any, case: Case) -> None:
     assert bool(((found - norm_sq).abs() <= 1e-3 * norm_sq + error).all()), "wrong, so not timed"
     benchmark.group = case.op
     benchmark(case.rival, *arguments)
-    benchmark.stats.name = f"{case.what} [unfold + bmm] {benchmark.stats.stats.median / case.floor:.1f} x floor"
+    _label(benchmark, case, "unfold + bmm")
+
+
+def _label(benchmark: Any, case: Case, how: str) -> None:
+    times = benchmark.stats.stats.median / case.floor
+    benchmark.extra_info.update(what=case.what, how=how, floor_ms=1e3 * case.floor)
+    benchmark.stats.name = f"{case.what} [{how}] {times:.1f} x floor"

@@ -31,6 +31,10 @@ class Record:
     def add(self, row: dict[str, Any]) -> None:
         """Add a row and write the file."""
         self.content["rows"].append(row)
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self.content, indent=1) + "\n")

@@ -144,6 +144,22 @@ def _percent(part: float) -> str:
     return f"{100 * part:.2g} %"
 
 
+def ops(record: dict[str, Any]) -> str:
+    """Every op on every backend, and by other means, over its floor."""
+    rows = record["rows"]
+    hows = list(dict.fromkeys(row["how"] for row in rows))
+    lines = [f"| op | on | floor, ms | {' | '.join(hows)} |", "|---" * (3 + len(hows)) + "|"]
+    for op, what in dict.fromkeys((row["op"], row["what"]) for row in rows):
+        found = {row["how"]: row for row in rows if (row["op"], row["what"]) == (op, what)}
+        floor = next(iter(found.values()))["floor_ms"]
+        cells = [
+            f"{found[how]['p50_ms']:.3g} ({found[how]['p50_ms'] / floor:.1f})" if how in found else "" for how in hows
+        ]
+        lines.append(f"| `{op}` | {what} | {floor:.3g} | {' | '.join(cells)} |")
+    note = "Medians in ms, one thread, and in brackets how many times the floor"
+    return "\n".join([*lines, "", f"{note}; {_made(record)}"])
+
+
 Table = Callable[[dict[str, Any]], str]
 STEP, SCALING = "step_cpu", "scaling_cpu"
 # Page -> mark -> (record, what to make of it)
@@ -151,7 +167,6 @@ PAGES: dict[str, dict[str, tuple[str, Table]]] = {
     "README.md": {
         "utility_digits": ("utility_digits", utility_digits),
         "step_small": (STEP, report_step.step_small),
-        "noise_cpu": ("noise_cpu", noise_cpu),
     },
     "docs/faults.md": {"faults": ("faults", faults), "register": ("register", register)},
     "docs/privacy.md": {"bound": ("bound", bound)},
@@ -162,6 +177,8 @@ PAGES: dict[str, dict[str, tuple[str, Table]]] = {
         "capacity": (SCALING, report_step.capacity),
         "fixed_cost": (SCALING, report_step.fixed_cost),
         "scaling": (SCALING, plots.captions),
+        "ops": ("ops_cpu", ops),
+        "noise_cpu": ("noise_cpu", noise_cpu),
     },
 }
 
