@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY_IMPL(dp2vae_fast, CPU, library) {
   library.impl("add_noise_", TORCH_BOX(&dp2vae::add_noise_));
   library.impl("noise_sgd_", TORCH_BOX(&dp2vae::noise_sgd_));
   library.impl("noise_adam_", TORCH_BOX(&dp2vae::noise_adam_));
+  library.impl("embedding_norm_sq", TORCH_BOX(&dp2vae::embedding_norm_sq));
   library.impl("clip_factors", TORCH_BOX(&dp2vae::clip_factors));
   library.impl("normalize_factors", TORCH_BOX(&dp2vae::normalize_factors));
   library.impl("linear_norm_sq", TORCH_BOX(&dp2vae::linear_norm_sq));

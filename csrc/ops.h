@@ -50,6 +50,8 @@ std::tuple<Tensor, Tensor> group_norm_grad_sample(const Tensor& activations, con
                                                   int64_t groups, double eps);
 std::tuple<Tensor, Tensor> layer_norm_grad_sample(const Tensor& activations, const Tensor& backprops,
                                                   bool rms, double eps);
+std::tuple<Tensor, Tensor> embedding_norm_sq(const Tensor& indices, const Tensor& backprops,
+                                             int64_t padding_idx);
 Tensor clip_factors(const Tensor& norm_sq, const Tensor& error, double max_grad_norm);
 Tensor normalize_factors(const Tensor& norm_sq, const Tensor& error, double max_grad_norm, double stability);
 Tensor kept_weighted_sum(const Tensor& values, const Tensor& factors);

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from .engine.layers import register_layer_rule
 from .engine.opacus_samplers import register_with_opacus
+from .engine.plan import Plan
 from .engine.privacy_engine import PrivacyEngine
 from .ops import backend, backends_table
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .vae.release import load_decoder
 
 __all__ = [
+    "Plan",
     "PrivacyEngine",
     "Trainer",
     "audit_engine",

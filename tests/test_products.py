@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dp2vae_fast import ops
-from dp2vae_fast.engine.gradients import ConvGeometry, ConvProduct, LinearProduct
+from dp2vae_fast.engine.gradients import ConvGeometry, ConvProduct, EmbeddingProduct, LinearProduct
 from dp2vae_fast.ops import _op
 
 pytestmark = pytest.mark.skipif(bool(_op._native_gap), reason=_op._native_gap)
@@ -189,3 +189,20 @@ def test_arguments_that_do_not_fit_are_refused():
         torch.ops.dp2vae_fast.conv_norm_sq(*how, [1], [1, 1], [1, 1], 1, False)
     with pytest.raises(RuntimeError, match="factors"):
         torch.ops.dp2vae_fast.conv_weighted_sum(x, b, torch.ones(3), how[2], [1, 1], [1, 1], [1, 1], 1, False)
+
+
+@pytest.mark.parametrize(
+    "n, t, d, padding_idx", [(0, 3, 2, -1), (1, 1, 1, -1), (4, 9, 5, 2), (3, 17, 1, 0), (2, 64, 33, -1)]
+)
+def test_embeddings(n: int, t: int, d: int, padding_idx: int):
+    generator = torch.Generator().manual_seed(4)
+    indices = torch.randint(5, (n, t), generator=generator)
+    wide = torch.randn(n, t, 2 * d, generator=generator)
+    for backprops in (wide[:, :, :d], wide[:, :, ::2]):
+        gradient = EmbeddingProduct(indices, backprops, 5, padding_idx)
+        exact = gradient.in_float64(torch.arange(n)).grad_sample().flatten(1).square().sum(1)
+        norm_sq, error = ops.embedding_norm_sq(indices, backprops, padding_idx, backend="cpp")
+        _, reference = ops.embedding_norm_sq(indices, backprops, padding_idx, backend="reference")
+        torch.testing.assert_close(norm_sq.double(), exact, rtol=1e-6, atol=0)
+        torch.testing.assert_close(error, reference, rtol=1e-4, atol=1e-30)
+        assert bool((exact <= (norm_sq + error).double()).all())

@@ -213,7 +213,12 @@ def conv_norm_sq(
     return _gram_norm(gram_windows, gram_plain, length)
 
 
-@op()
+def _native_embedding(indices: Tensor, backprops: Tensor, padding_idx: int) -> bool | str:
+    plain = indices.dtype == torch.int64 and backprops.dtype == torch.float32
+    return plain or "the kernel takes int64 indices and float32"
+
+
+@op(native=_native_embedding)
 def embedding_norm_sq(indices: Tensor, backprops: Tensor, padding_idx: int) -> tuple[Tensor, Tensor]:
     """Squared norm of the per-sample gradient of an embedding table, without a dense gradient.
 
