@@ -206,3 +206,9 @@ def test_arguments_that_do_not_fit_are_refused():
         torch.ops.dp2vae_fast.conv_norm_sq(*how, [1], [1, 1], [1, 1], 1, False)
     with pytest.raises(RuntimeError, match="factors"):
         torch.ops.dp2vae_fast.conv_weighted_sum(x, b, torch.ones(3), how[2], [1, 1], [1, 1], [1, 1], 1, False)
+    with pytest.raises(RuntimeError, match="are not of one convolution"):
+        torch.ops.dp2vae_fast.conv_norm_sq(x, b, [6, 4, 1, 1], [2, 1], [0, 0], [1, 1], 1, False)
+    with pytest.raises(RuntimeError, match="are not of one convolution"):
+        torch.ops.dp2vae_fast.conv_kept(x, b, [6, 4, 3, 3], [1, 1], [0, 1], [1, 1], 1, False)
+    with pytest.raises(RuntimeError, match="empty"):
+        torch.ops.dp2vae_fast.linear_kept(torch.ones(2, 0, 3), torch.ones(2, 0, 4))
