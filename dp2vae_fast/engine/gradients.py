@@ -111,6 +111,13 @@ def _scaled(x: Tensor, factors: Tensor) -> Tensor:
     return ops.widen(_zeroed(x, factors)) * factors.reshape(-1, *[1] * (x.dim() - 1))
 
 
+def _rounded_down(factors: Tensor, *operands: Tensor) -> Tensor:
+    """``factors`` in the precision of sums of these operands: a record's bound outlives the rounding."""
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
+    near = factors.to(dtype)
+    return torch.where(near > factors, torch.nextafter(near, torch.zeros_like(near)), near)
+
+
 def _in_parts(left: Tensor, right: Tensor) -> Tensor:
     """``left^T right`` for ``[N, P]`` and ``[N, D]``, in parts of few records; many parts are added in float64."""
     total: Tensor | None = None
@@ -151,7 +158,7 @@ class Kept:
         order = sorted(range(1, values.dim()), key=lambda d: -values.stride(d))
         lying = values.permute(0, *order)
         flat = lying.reshape(self.records, math.prod(values.shape[1:]))
-        total = ops.kept_weighted_sum(flat, factors.to(values.dtype)).reshape(lying.shape[1:])
+        total = ops.kept_weighted_sum(flat, _rounded_down(factors, values)).reshape(lying.shape[1:])
         return total.permute([order.index(d) for d in range(1, values.dim())]).contiguous()
 
     def in_float64(self, records: Tensor) -> Kept:
@@ -209,6 +216,7 @@ class LinearProduct:
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         one_position = self.activations.shape[1] == 1
         if not one_position and dtype == torch.float64:
+            factors = _rounded_down(factors, self.activations, self.backprops)
             return ops.linear_weighted_sum(self.activations, self.backprops, factors)
         backprops = _scaled(self.backprops, factors).flatten(0, 1)
         activations = _zeroed(self.activations, factors).flatten(0, 1).to(backprops.dtype)
@@ -291,6 +299,7 @@ class ConvProduct:
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         how = self.geometry.arguments()
         if dtype == torch.float64:
+            factors = _rounded_down(factors, self.activations, self.backprops)
             return ops.conv_weighted_sum(self.activations, self.backprops, factors, *how)
         backprops = _scaled(self.backprops, factors)
         activations = _zeroed(self.activations, factors).to(backprops.dtype)
