@@ -126,7 +126,7 @@ def _in_parts(left: Tensor, right: Tensor) -> Tensor:
         few, same = next(parts)
         block = few.T @ same
         for few, same in parts:
-            block.addmm_(few.T, same)
+            block.add_(few.T @ same)  # apart: a product of one row or column would add every term to `block`
         total = block if total is None else total.double().add_(block)
     assert total is not None
     return total
