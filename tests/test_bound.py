@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dp2vae_fast import PrivacyEngine, ops
 from dp2vae_fast.engine.capture import Capture
 from dp2vae_fast.engine.clipping import FlatClipping
-from dp2vae_fast.engine.gradients import Gradient
+from dp2vae_fast.engine.gradients import ConvGeometry, ConvProduct, Gradient, LinearProduct
 from dp2vae_fast.engine.plan import Plan
 
 BOUND = 0.7
@@ -155,3 +155,33 @@ def test_reduced_precision_products_widen_the_error_bound(setting: str):
         torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.conv.fp32_precision = "none"
         torch.set_float32_matmul_precision(before)
     assert bool((widened > 100 * exact).all())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp,reference"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_direct_norm_is_that_of_what_is_added_up(kind: str, dtype: torch.dtype, backend: str):
+    """Two large terms that cancel swallow a third one in float32, but not in the sum's float64."""
+    large = 2.0**13
+    a = torch.tensor([large, 4.0, -large], dtype=dtype).reshape(1, 3, 1)
+    b = torch.tensor([large, 1.0, large], dtype=dtype).reshape(1, 3, 1)
+    product: Gradient = LinearProduct(a, b)
+    if kind == "conv":
+        product = ConvProduct(a.mT, b.mT, ConvGeometry((1, 1, 1), (1,), (0,), (1,), 1, False))
+    with ops.backend(backend):
+        for gradient in (product, product.directly(), product.kept()):
+            factors = flat_factors([gradient], BOUND)
+            assert float(gradient.weighted_sum(factors).norm()) <= BOUND
+
+
+def test_layers_of_two_precisions_are_clipped_together():
+    """Factors of a wider type than the operands of some gradients."""
+    for t in (1, 3):
+        narrow, wide = torch.randn(RECORDS, t, 4), torch.randn(RECORDS, t, 5, dtype=torch.float64)
+        pair = [LinearProduct(narrow, narrow), LinearProduct(wide, wide)]
+        for gradients in (pair, [g.kept() for g in pair]):
+            factors = flat_factors(gradients, BOUND)
+            alone = torch.eye(RECORDS, dtype=torch.float64) * factors
+            for one in alone:
+                total = sum(float(g.weighted_sum(one).double().square().sum()) for g in gradients)
+                assert total**0.5 <= BOUND * (1 + 2.0**-23)

@@ -272,3 +272,18 @@ def test_padding_has_weight_zero_whatever_it_holds(clipping):
     found = clipping.factors({0: Kept(values), 1: Kept(values)}, 1.0, 1.0, torch.tensor([True, False, False]))
     for factors in found.values():
         assert factors[0] > 0 and factors[1] == 0 and factors[2] == 0
+
+
+@pytest.mark.parametrize("outputs, inputs", [(1, 1), (1, 33), (33, 1), (5, 7)])
+@pytest.mark.parametrize("positions", [1, 2])
+def test_no_term_of_a_sum_passes_through_many_additions(outputs: int, inputs: int, positions: int):
+    """One long term, and short ones of which each alone vanishes beside it."""
+    records, unit = 2048, 2.0**-24
+    backprops = torch.full((records, positions, outputs), unit)
+    backprops[0] = 1.0
+    backprops[:, 1:] = 0.0
+    product = LinearProduct(torch.ones(records, positions, inputs), backprops)
+    exact = 1.0 + (records - 1) * unit
+    for gradient in (product, product.kept()):
+        total = gradient.weighted_sum(torch.ones(records)).double()
+        assert float((total - exact).abs().max()) <= 144 * unit * exact

@@ -180,6 +180,23 @@ def test_any_number_of_records(records: int):
     assert product.norm_sq()[0].shape == (records,)
 
 
+@pytest.mark.parametrize("channels, size, records", [(80, 32, 7), (24, 40, 9), (20, 30, 77), (36, 28, 131)])
+def test_the_last_block_of_records_may_be_smaller(isa, channels: int, size: int, records: int):
+    """Blocks and column tiles of several sizes: padding stays zero, and each record's part its own."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(records, channels, size, size, generator=generator)
+    b = torch.randn(records, 4, size, size, generator=generator)
+    product = ConvProduct(x, b, ConvGeometry((4, channels, 3, 3), (1, 1), (1, 1), (1, 1), 1, False))
+    factors = torch.rand(records, generator=generator)
+    one_by_one = product.kept().weighted_sum(factors)
+    torch.testing.assert_close(product.weighted_sum(factors), one_by_one, rtol=1e-4, atol=1e-2)
+    last = torch.eye(records)[-1]
+    assert torch.equal(product.weighted_sum(last), product.kept().values[-1])
+    factors[-1] = 0.0
+    fewer = ConvProduct(x[:-1], b[:-1], product.geometry).weighted_sum(factors[:-1])
+    assert torch.equal(product.weighted_sum(factors), fewer)
+
+
 def test_arguments_that_do_not_fit_are_refused():
     x, b = torch.randn(2, 4, 5, 5), torch.randn(2, 6, 5, 5)
     how: tuple[Tensor, Tensor, list[int]] = (x, b, [6, 4, 3, 3])
@@ -189,6 +206,12 @@ def test_arguments_that_do_not_fit_are_refused():
         torch.ops.dp2vae_fast.conv_norm_sq(*how, [1], [1, 1], [1, 1], 1, False)
     with pytest.raises(RuntimeError, match="factors"):
         torch.ops.dp2vae_fast.conv_weighted_sum(x, b, torch.ones(3), how[2], [1, 1], [1, 1], [1, 1], 1, False)
+    with pytest.raises(RuntimeError, match="are not of one convolution"):
+        torch.ops.dp2vae_fast.conv_norm_sq(x, b, [6, 4, 1, 1], [2, 1], [0, 0], [1, 1], 1, False)
+    with pytest.raises(RuntimeError, match="are not of one convolution"):
+        torch.ops.dp2vae_fast.conv_kept(x, b, [6, 4, 3, 3], [1, 1], [0, 1], [1, 1], 1, False)
+    with pytest.raises(RuntimeError, match="empty"):
+        torch.ops.dp2vae_fast.linear_kept(torch.ones(2, 0, 3), torch.ones(2, 0, 4))
 
 
 @pytest.mark.parametrize(

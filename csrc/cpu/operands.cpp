@@ -13,12 +13,20 @@ Operand operand(const Tensor& t, const char* name, int64_t channel_axis) {
   return o;
 }
 
+// The kernels write a sum where there is a term.
+void check_not_empty(const Tensor& activations, const Tensor& backprops) {
+  for (int64_t d = 1; d < activations.dim(); ++d)
+    STD_TORCH_CHECK(activations.size(d) > 0 && backprops.size(d) > 0,
+                    "activations and backprops of a record are empty");
+}
+
 }  // namespace
 
 Product linear_product(const Tensor& activations, const Tensor& backprops) {
   STD_TORCH_CHECK(activations.dim() == 3 && backprops.dim() == 3 &&
                       activations.size(0) == backprops.size(0) && activations.size(1) == backprops.size(1),
                   "expected activations [N, T, D] and backprops [N, T, P]");
+  check_not_empty(activations, backprops);
   Product p{};
   p.records = activations.size(0);
   p.groups = 1;
@@ -43,6 +51,7 @@ Product conv_product(const Tensor& activations, const Tensor& backprops, const I
           activations.size(0) == backprops.size(0) && given(stride) && given(padding) && given(dilation),
       "expected activations [N, C_in, *], backprops [N, C_out, *] of one to three spatial dimensions, and "
       "stride, padding, dilation for each");
+  check_not_empty(activations, backprops);
   const Tensor &plain = transposed ? activations : backprops, &spread = transposed ? backprops : activations;
   STD_TORCH_CHECK(groups >= 1 && weight_shape[0] % groups == 0 && plain.size(1) == weight_shape[0] &&
                       spread.size(1) == weight_shape[1] * groups,
@@ -65,6 +74,10 @@ Product conv_product(const Tensor& activations, const Tensor& backprops, const I
     p.dilation[d] = dilation[i];
     STD_TORCH_CHECK(p.kernel[d] >= 1 && p.stride[d] >= 1 && p.padding[d] >= 0 && p.dilation[d] >= 1,
                     "kernel, stride and dilation are at least 1, padding at least 0");
+    STD_TORCH_CHECK(
+        (p.grid[d] - 1) * p.stride[d] + p.dilation[d] * (p.kernel[d] - 1) < p.size[d] + 2 * p.padding[d],
+        "the taps of ", p.grid[d], " positions leave an axis of ", p.size[d],
+        " and its padding: activations and backprops are not of one convolution");
     p.plain.axis[d] = plain.stride(2 + i);
     p.spread.axis[d] = spread.stride(2 + i);
   }

@@ -125,10 +125,10 @@ void weigh_all(const Product& p, const float* factors, float* out) {
       const int64_t count = std::min(block, stop - from);
       torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t end) {
         for (int64_t r = first; r < end; ++r)
-          if (factors[from + r] != 0) k.pack(p, l, from + r, r, count, plain.data(), spread.data());
+          if (factors[from + r] != 0) k.pack(p, l, from + r, r, block, plain.data(), spread.data());
       });
       torch::stable::parallel_for(0, l.tiles(p), 1, [&](int64_t first, int64_t end) {
-        k.weigh(p, l, count, plain.data(), spread.data(), factors + from, first, end, total.data());
+        k.weigh(p, l, block, count, plain.data(), spread.data(), factors + from, first, end, total.data());
       });
     }
     for (size_t i = 0; i < wide.size(); ++i) wide[i] += total.data()[i];

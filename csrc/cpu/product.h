@@ -79,12 +79,13 @@ struct ProductKernels {
   int64_t max_rows[kMaxVectors + 1];  // of a tile of 1 to 4 vectors
 
   // Packs record n as number `place` of a block of `block` records; `spread` was zero before the first one.
+  // What is padding stays zero as long as `block` is the same.
   void (*pack)(const Product& p, const Layout& l, int64_t n, int64_t place, int64_t block, float* plain,
                float* spread);
-  // Adds factors[r] times the product of record r to `total`, for every record of a packed block and tiles
-  // [first, end). Records of factor 0 are not looked at.
-  void (*weigh)(const Product& p, const Layout& l, int64_t block, const float* plain, const float* spread,
-                const float* factors, int64_t first, int64_t end, float* total);
+  // Adds factors[r] times the product of record r to `total`, for the first `count` records of a packed block
+  // and tiles [first, end). Records of factor 0 are not looked at.
+  void (*weigh)(const Product& p, const Layout& l, int64_t block, int64_t count, const float* plain,
+                const float* spread, const float* factors, int64_t first, int64_t end, float* total);
   // `total`, which lies tile by tile, as [groups * rows, channels, taps].
   void (*unpack)(const Product& p, const Layout& l, const float* total, float* out);
   // The product of the one record of a packed block, as [groups * rows, taps, channels].

@@ -223,8 +223,8 @@ DP2VAE_INLINE void product_tile(int64_t positions, Span row, int64_t vectors, co
   }
 }
 
-void weigh(const Product& p, const Layout& l, int64_t block, const float* plain, const float* spread,
-           const float* factors, int64_t first, int64_t end, float* total) {
+void weigh(const Product& p, const Layout& l, int64_t block, int64_t count, const float* plain,
+           const float* spread, const float* factors, int64_t first, int64_t end, float* total) {
   const int64_t positions = p.positions();
   alignas(64) float partial[14 * kMaxVectors * kWidth];
   for (int64_t each = first; each < end; ++each) {
@@ -237,7 +237,7 @@ void weigh(const Product& p, const Layout& l, int64_t block, const float* plain,
     float* out = total + ((g * p.rows + row.begin) * l.width() + row.count * v.begin * kWidth) * l.taps;
     const Tile kernel = kTiles[v.count][row.count];
     for (int64_t tap = 0; tap < l.taps; ++tap, out += area)
-      for (int64_t r = 0; r < block; ++r) {
+      for (int64_t r = 0; r < count; ++r) {
         if (factors[r] == 0) continue;
         const float* a = left + r * row.count * positions;
         const float* b = right + (r * l.slots + l.tap_slot[tap]) * width;

@@ -110,6 +110,13 @@ def _scaled(x: Tensor, factors: Tensor) -> Tensor:
     return ops.widen(_zeroed(x, factors)) * factors.reshape(-1, *[1] * (x.dim() - 1))
 
 
+def _rounded_down(factors: Tensor, *operands: Tensor) -> Tensor:
+    """``factors`` in the precision of sums of these operands: a record's bound outlives the rounding."""
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
+    near = factors.to(dtype)
+    return torch.where(near > factors, torch.nextafter(near, torch.zeros_like(near)), near)
+
+
 def _in_parts(left: Tensor, right: Tensor) -> Tensor:
     """``left^T right`` for ``[N, P]`` and ``[N, D]``, in parts of few records; many parts are added in float64."""
     total: Tensor | None = None
@@ -118,7 +125,7 @@ def _in_parts(left: Tensor, right: Tensor) -> Tensor:
         few, same = next(parts)
         block = few.T @ same
         for few, same in parts:
-            block.addmm_(few.T, same)
+            block.add_(few.T @ same)  # apart: a product of one row or column would add every term to `block`
         total = block if total is None else total.double().add_(block)
     assert total is not None
     return total
@@ -149,7 +156,7 @@ class Kept:
         like = values.new_empty(1).expand(values.shape[1:]) if self.records == 0 else values[0]
         order = ops.memory_order(like)  # convolutions keep channels last
         flat = values.permute(0, *(1 + d for d in order)).reshape(self.records, like.numel())
-        total = ops.kept_weighted_sum(flat, factors.to(values.dtype)).reshape([like.shape[d] for d in order])
+        total = ops.kept_weighted_sum(flat, _rounded_down(factors, values)).reshape([like.shape[d] for d in order])
         return total.permute([order.index(d) for d in range(like.dim())])
 
     def in_float64(self, records: Tensor) -> Kept:
@@ -207,6 +214,7 @@ class LinearProduct:
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         one_position = self.activations.shape[1] == 1
         if not one_position and dtype == torch.float64:
+            factors = _rounded_down(factors, self.activations, self.backprops)
             return ops.linear_weighted_sum(self.activations, self.backprops, factors)
         backprops = _scaled(self.backprops, factors).flatten(0, 1)
         activations = _zeroed(self.activations, factors).flatten(0, 1).to(backprops.dtype)
@@ -289,6 +297,7 @@ class ConvProduct:
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         how = self.geometry.arguments()
         if dtype == torch.float64:
+            factors = _rounded_down(factors, self.activations, self.backprops)
             return ops.conv_weighted_sum(self.activations, self.backprops, factors, *how)
         backprops = _scaled(self.backprops, factors)
         activations = _zeroed(self.activations, factors).to(backprops.dtype)

@@ -5,9 +5,11 @@ activations[n, t]``. ``*_kept`` returns ``G`` with its norms, ``*_direct_norm_sq
 ``sum_n factors[n] G[n]``.
 
 Guarantee, of all three: record n has a part that depends on that record alone. The native kernels form it in float32,
-bit for bit the same in all three ops, so that a direct norm is that of what is added up afterwards; the references
-multiply and add in float64 where T > 1. Each term passes through :func:`~.norm.product_depth` roundings at most.
-The parts of up to 2,048 records are added up such that none passes through more than 144 additions of float32.
+bit for bit the same in all three ops, so that a direct norm is that of what is added up afterwards. The references of
+direct norms and weighted sums multiply and add in float64; there ``error`` counts float32's roundings all the same,
+which bounds the lengths of terms that cancel (:func:`~..engine.precision.sum_rounding`). Each term of a product passes
+through :func:`~.norm.product_depth` roundings at most. The parts of up to 2,048 records are added up such that none
+passes through more than 144 additions of float32.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import op
-from .norm import conv_roles, grad_sample_norm_sq, native_product
+from .norm import _gamma, conv_roles, grad_sample_norm_sq, native_convolution, native_product
 
 
 def _masked(x: Tensor, factors: Tensor) -> Tensor:
@@ -31,6 +33,14 @@ def _masked(x: Tensor, factors: Tensor) -> Tensor:
 def _double_product(activations: Tensor, backprops: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     scaled = _masked(backprops, factors).double() * factors.double().reshape(-1, *[1] * (backprops.dim() - 1))
     return _masked(activations, factors).double(), scaled
+
+
+def _direct_norms(values: Tensor, reach: Tensor, positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Norms of float64 products ``values``, of terms whose lengths add up to ``sqrt(reach)`` in every record."""
+    exact, exact_error = grad_sample_norm_sq.reference(values)
+    norm_sq = exact.to(dtype)
+    error = _gamma(2 * positions + 2, norm_sq) * (exact + reach) + exact_error + torch.finfo(dtype).tiny
+    return norm_sq, error.to(dtype)
 
 
 def _result_dtype(*operands: Tensor) -> torch.dtype:
@@ -56,8 +66,9 @@ def linear_kept(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor,
 @op(native=native_product)
 def linear_direct_norm_sq(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]:
     """The norms of :func:`linear_kept`, whose gradients are not kept."""
-    _, norm_sq, error = linear_kept.reference(activations, backprops)
-    return norm_sq, error
+    a, b = activations.double(), backprops.double()
+    reach = (a.square().sum(2) * b.square().sum(2)).sqrt().sum(1).square()
+    return _direct_norms(b.transpose(1, 2) @ a, reach, a.shape[1], _result_dtype(activations, backprops))
 
 
 @op(native=native_product)
@@ -70,7 +81,7 @@ def linear_weighted_sum(activations: Tensor, backprops: Tensor, factors: Tensor)
     return (b.flatten(0, 1).T @ a.flatten(0, 1)).to(_result_dtype(activations, backprops))
 
 
-@op(native=native_product)
+@op(native=native_convolution)
 def conv_kept(
     activations: Tensor,
     backprops: Tensor,
@@ -92,6 +103,22 @@ def conv_kept(
     Edge cases:
         N = 0 gives empty tensors; positions outside the input count as zero.
     """
+    plain, windows = _unfolded(activations, backprops, weight_shape, stride, padding, dilation, groups, transposed)
+    values = (plain @ windows.transpose(2, 3)).reshape(plain.shape[0], *weight_shape)
+    return _channels_last(values), *grad_sample_norm_sq.reference(values)
+
+
+def _unfolded(
+    activations: Tensor,
+    backprops: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+) -> tuple[Tensor, Tensor]:
+    """The plain operand ``[N, groups, rows, T]``, and what the taps read for it ``[N, groups, channels * taps, T]``."""
     plain, spread = conv_roles(activations, backprops, transposed)
     n, kernel, grid = plain.shape[0], weight_shape[2:], plain.shape[2:]
     sides = [p for q in reversed(padding) for p in (q, q)]
@@ -106,16 +133,14 @@ def conv_kept(
     )
     positions = math.prod(grid)
     windows = windows.reshape(n, groups, weight_shape[1] * math.prod(kernel), positions)
-    plain = plain.reshape(n, groups, weight_shape[0] // groups, positions)
-    values = (plain @ windows.transpose(2, 3)).reshape(n, *weight_shape)
-    return _channels_last(values), *grad_sample_norm_sq.reference(values)
+    return plain.reshape(n, groups, weight_shape[0] // groups, positions), windows
 
 
 def _channels_last(values: Tensor) -> Tensor:
     return values.movedim(2, -1).contiguous().movedim(-1, 2)
 
 
-@op(native=native_product)
+@op(native=native_convolution)
 def conv_direct_norm_sq(
     activations: Tensor,
     backprops: Tensor,
@@ -128,11 +153,13 @@ def conv_direct_norm_sq(
 ) -> tuple[Tensor, Tensor]:
     """The norms of :func:`conv_kept`, whose gradients are not kept."""
     how = (weight_shape, stride, padding, dilation, groups, transposed)
-    _, norm_sq, error = conv_kept.reference(activations, backprops, *how)
-    return norm_sq, error
+    plain, windows = _unfolded(activations.double(), backprops.double(), *how)
+    reach = (plain.square().sum(2) * windows.square().sum(2)).sqrt().sum(2).square().sum(1)
+    values = plain @ windows.transpose(2, 3)
+    return _direct_norms(values, reach, plain.shape[3], _result_dtype(activations, backprops))
 
 
-@op(native=native_product)
+@op(native=native_convolution)
 def conv_weighted_sum(
     activations: Tensor,
     backprops: Tensor,

@@ -47,13 +47,20 @@ def product_depth(positions: int) -> int:
     return positions if positions <= _CHUNK else _CHUNK + -(-positions // _CHUNK)
 
 
-def native_product(activations: Tensor, backprops: Tensor, *_: object) -> bool | str:
+def native_convolution(activations: Tensor, backprops: Tensor, *_: object) -> bool | str:
     """Whether the C++ kernels of products take these operands; if not, why not."""
     if not all(x.dtype in (torch.float32, torch.bfloat16) for x in (activations, backprops)):
         return "the kernels take float32 and bfloat16"
     if 0 in (*activations.shape[1:], *backprops.shape[1:]):
         return "an operand is empty"
-    return activations.dim() > 3 or activations.shape[1:-1].numel() > 1 or "one position needs no kernel"
+    return True
+
+
+def native_product(activations: Tensor, backprops: Tensor, *_: object) -> bool | str:
+    """The same for linear layers ``[N, T, D]``."""
+    if activations.shape[1] == 1:
+        return "one position needs no kernel"
+    return native_convolution(activations, backprops)
 
 
 def operand_roundoff(like: Tensor) -> float:
@@ -155,7 +162,7 @@ def conv_roles(activations: Tensor, backprops: Tensor, transposed: bool) -> tupl
     return plain.to(dtype), spread.to(dtype)
 
 
-@op(native=native_product)
+@op(native=native_convolution)
 def conv_norm_sq(
     activations: Tensor,
     backprops: Tensor,
