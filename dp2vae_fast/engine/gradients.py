@@ -124,8 +124,9 @@ def _in_parts(left: Tensor, right: Tensor) -> Tensor:
         parts = zip(rows.split(RECORDS_PER_PART), others.split(RECORDS_PER_PART), strict=True)
         few, same = next(parts)
         block = few.T @ same
-        for few, same in parts:
-            block.add_(few.T @ same)  # apart: a product of one row or column would add every term to `block`
+        part = torch.empty_like(block)
+        for few, same in parts:  # apart: a product of one row or column would add every term to `block`
+            block.add_(torch.mm(few.T, same, out=part))
         total = block if total is None else total.double().add_(block)
     assert total is not None
     return total
