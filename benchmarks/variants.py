@@ -10,6 +10,7 @@ A variant that does not take a problem raises; the harness records the first lin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -178,6 +179,10 @@ VARIANTS = {
     "non-private-compiled": Variant("non-private, compiled", partial(non_private, compiled=True), private=False),
     "ours": Variant("ours", ours, rounds_up=True),
     "ours-channels-last": Variant("ours, channels last", partial(ours, channels_innermost=True), rounds_up=True),
+    "ours-low-memory": Variant("ours, max_memory_overhead=1", partial(ours, max_memory_overhead=1.0), rounds_up=True),
+    "ours-any-memory": Variant(
+        "ours, max_memory_overhead=inf", partial(ours, max_memory_overhead=math.inf), rounds_up=True
+    ),
     "ours-compiled": Variant("ours, compiled", partial(ours, compiled=True), rounds_up=True),
     "ours-float32-sums": Variant("ours, float32 sums", partial(ours, sum_dtype=torch.float32), rounds_up=True),
     "ours-reference": Variant("ours, without kernels", partial(ours, backend="reference"), rounds_up=True),
