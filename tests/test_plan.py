@@ -168,4 +168,4 @@ def test_options_of_make_private():
 def test_the_command_prints_the_plan():
     done = CliRunner().invoke(app, ["plan", "--recipe", "digits", "--measure"], env={"COLUMNS": "160"})
     assert done.exit_code == 0, done.output
-    assert "body.0.weight" in done.output and "gram" in done.output and "at most 1.25" in done.output
+    assert "body.0" in done.output and "gram" in done.output and "at most 1.25" in done.output
