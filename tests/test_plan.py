@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -14,6 +15,7 @@ from dp2vae_fast import PrivacyEngine
 from dp2vae_fast.cli import app
 from dp2vae_fast.engine import timing
 from dp2vae_fast.engine.capture import Capture
+from dp2vae_fast.engine.clipping import bounded_norms
 from dp2vae_fast.engine.cost import METHODS
 from dp2vae_fast.engine.gradients import Kept, LinearProduct
 from dp2vae_fast.engine.plan import Plan, memory_overhead
@@ -169,3 +171,44 @@ def test_the_command_prints_the_plan():
     done = CliRunner().invoke(app, ["plan", "--recipe", "digits", "--measure"], env={"COLUMNS": "160"})
     assert done.exit_code == 0, done.output
     assert "body.0" in done.output and "gram" in done.output and "at most 1.25" in done.output
+
+
+class Twice(nn.Module):
+    """One layer, two uses: their gradients are one of more positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+@pytest.mark.parametrize("positions", [4, 40, 300])
+def test_a_batch_is_taken_alike_whether_it_is_the_first(positions: int):
+    """A record that was drawn in the batch before must not change by which way this one is taken."""
+    torch.manual_seed(0)
+    model, x, found = Twice(), torch.randn(5, positions, 16), []
+    for before in (0, 1):
+        capture = Capture(copy.deepcopy(model))
+        parameters = list(capture.module.parameters())
+        for inputs in (x[:before], x):
+            capture.module(inputs).square().sum().backward()
+            gradients = capture.take(parameters)
+        found.append([bounded_norms([g]) for g in gradients if g is not None])
+    for one, other in zip(*found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_measuring_leaves_the_generators_alone():
+    model = decoder()
+    state = torch.get_rng_state()
+    plan_for(model, torch.zeros(2, 8), plan=Plan(measure=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_way_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="which such gradients do not have"):
+        plan_for(nn.Linear(3, 2), torch.zeros(2, 3), plan=Plan(forced={"weight": "direct"}))
+    with pytest.raises(ValueError, match="5000 positions, more than 4096"):
+        plan_for(nn.Linear(3, 2), torch.zeros(2, 5000, 3), plan=Plan(forced={"weight": "gram"}))

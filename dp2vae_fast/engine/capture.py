@@ -20,6 +20,7 @@ What the taps cannot see must not pass in silence:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -203,9 +204,12 @@ class Capture:
 
     def _check_first_batch(self) -> None:
         """Compare the whole book with autograd, whichever part of it is asked for."""
-        self.plan.prepare([(self.name_of(p), g) for p, uses in self._book.items() for g in uses])
+        # By a plan of its own: it sees uses one by one, and what it settled would show in later batches whether this
+        # one had been the first.
+        plan = replace(self.plan)
+        plan.prepare([(self.name_of(p), g) for p, uses in self._book.items() for g in uses])
         found = {
-            name: (p, [self.plan.realize(name, g) for g in self._book.get(p, [])])
+            name: (p, [plan.realize(name, g) for g in self._book.get(p, [])])
             for p, name in self._names.items()
             if p.requires_grad and p not in self._dropped
         }

@@ -110,9 +110,11 @@ class Plan:
         ]
         forced = self.forced.get(parameter)
         if forced is not None and forced not in usable:
-            reason = f"over {cost.positions} positions, more than {MAX_POSITIONS}"
+            reason = "which such gradients do not have"
+            if forced in gradient.ways():
+                reason = f"summed over {cost.positions} positions, more than {MAX_POSITIONS}"
             raise ValueError(
-                f"parameter {parameter!r} cannot be taken by {forced!r} {reason}: force 'kept', or nothing"
+                f"parameter {parameter!r} cannot be taken by {forced!r}, {reason}: force 'kept', or nothing"
             )
         predicted: dict[Method, float] = {m: rates.time(cost, m) for m in usable}
         if forced is not None:

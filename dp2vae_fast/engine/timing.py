@@ -1,6 +1,7 @@
 """Timing the ways of taking a gradient on this machine, and remembering what was found.
 
-The operands are random numbers of a fixed number of records, so that nothing of a batch goes into a choice.
+The operands are random numbers of a fixed number of records, so that nothing of a batch goes into a choice; PyTorch's
+generators are left as they were.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def measured(gradient: Gradient, method: Method) -> float:
     key = f"{_machine(gradient)} {gradient.describe()} {method}"
     known = _read()
     if key not in known:
-        known[key] = _time(gradient.like(_RECORDS), method)
+        with torch.random.fork_rng([gradient.device] if gradient.device.type == "cuda" else []):
+            known[key] = _time(gradient.like(_RECORDS), method)
         _write(known)
     return known[key]
 
