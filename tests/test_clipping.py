@@ -260,6 +260,15 @@ def test_a_record_is_taken_again_for_what_it_is_itself():
         torch.testing.assert_close(few, many[:, :4], rtol=1e-6, atol=0)
 
 
+def test_norms_of_what_is_formed_stand():
+    """So small that what underflow may have lost is most of the bound; an exact norm would not be that of the sum's
+    part."""
+    a, b = torch.randn(3, 70, 4) * 1e-10, torch.randn(3, 70, 5) * 1e-10
+    gradient = LinearProduct(a, b).directly()
+    norm_sq, error = bounded_norms([gradient])
+    assert torch.equal(norm_sq[0], gradient.norm_sq()[0]) and bool((error > 0.01 * norm_sq).all())
+
+
 def test_short_records_are_left_alone():
     gradient = incoherent(1024)[0]
     _, error = bounded_norms([gradient], harmless=1e6)

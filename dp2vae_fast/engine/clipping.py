@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.norm import product_depth
-from .gradients import Gradient, Kept
+from .gradients import Gradient
 from .keystream import Stream
 from .precision import STILL_COUNTED
 
@@ -41,8 +41,9 @@ def bounded_norms(gradients: Sequence[Gradient], harmless: float = 0.0) -> tuple
     if dtype == torch.float64 or not bool(loose.any()):
         return norm_sq, error
     for row, gradient in enumerate(gradients):
-        # What has one position is multiplied in float32 after all, with operands rounded as its error says.
-        if isinstance(gradient, Kept) or gradient.cost().positions == 1:
+        # What has one position is multiplied in float32 after all, with operands rounded as its error says; and what is
+        # formed is longer than the exact gradient by more than its own small error says.
+        if gradient.formed or gradient.cost().positions == 1:
             continue
         again = (loose & (error[row] > _LOOSE / len(gradients) * total)).nonzero().flatten()
         for records in again.split(max(1, _GRAM_NUMBERS // gradient.cost().positions ** 2)) if len(again) else ():

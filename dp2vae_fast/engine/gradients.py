@@ -61,6 +61,11 @@ class Gradient(Protocol):
         ...
 
     @property
+    def formed(self) -> bool:
+        """Whether norms are those of the gradients as they are added up, not of exact ones."""
+        ...
+
+    @property
     def device(self) -> torch.device: ...
 
     def ways(self) -> tuple[Method, ...]:
@@ -167,6 +172,10 @@ class Kept:
         return Kept(self.grad_sample().unflatten(0, (-1, rows_per_record)).sum(1))
 
     @property
+    def formed(self) -> bool:
+        return True
+
+    @property
     def device(self) -> torch.device:
         return self.values.device
 
@@ -229,6 +238,10 @@ class LinearProduct:
             return x.unflatten(0, (-1, rows_per_record)).flatten(1, 2)
 
         return LinearProduct(joined(self.activations), joined(self.backprops))
+
+    @property
+    def formed(self) -> bool:
+        return self.direct
 
     @property
     def device(self) -> torch.device:
@@ -311,6 +324,10 @@ class ConvProduct:
         return self.kept().fold(rows_per_record)
 
     @property
+    def formed(self) -> bool:
+        return self.direct
+
+    @property
     def device(self) -> torch.device:
         return self.backprops.device
 
@@ -375,6 +392,10 @@ class EmbeddingProduct:
             return x.unflatten(0, (-1, rows_per_record)).flatten(1, 2)
 
         return replace(self, indices=joined(self.indices), backprops=joined(self.backprops))
+
+    @property
+    def formed(self) -> bool:
+        return False
 
     @property
     def device(self) -> torch.device:
