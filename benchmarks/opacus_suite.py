@@ -179,8 +179,8 @@ def replace_engine(key: str, one_pass: bool) -> None:
     from dp2vae_fast.engine import optimizer as our_optimizer
     from dp2vae_fast.engine import privacy_engine
     from dp2vae_fast.engine.capture import Capture
-    from dp2vae_fast.engine.gradients import add
     from dp2vae_fast.engine.keystream import Keystream
+    from dp2vae_fast.engine.products import add
 
     class Observed(Capture):
         """Shows after every backward pass, where Opacus shows them, the gradients that the optimizer will take."""

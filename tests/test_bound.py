@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from dp2vae_fast import PrivacyEngine, ops
 from dp2vae_fast.engine.capture import Capture
 from dp2vae_fast.engine.clipping import FlatClipping
-from dp2vae_fast.engine.gradients import ConvGeometry, ConvProduct, Gradient, LinearProduct
+from dp2vae_fast.engine.gradients import Gradient
 from dp2vae_fast.engine.plan import Plan
+from dp2vae_fast.engine.products import ConvGeometry, ConvProduct, LinearProduct
 
 BOUND = 0.7
 RECORDS = 6

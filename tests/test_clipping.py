@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from dp2vae_fast import PrivacyEngine
 from dp2vae_fast.engine.clipping import AdaptiveClipping, FlatClipping, GroupClipping, bounded_norms
-from dp2vae_fast.engine.gradients import ConvGeometry, ConvProduct, Gradient, Kept, LinearProduct
+from dp2vae_fast.engine.gradients import Gradient, Kept
 from dp2vae_fast.engine.keystream import Keystream
+from dp2vae_fast.engine.products import ConvGeometry, ConvProduct, LinearProduct
 
 D = torch.float64
 N = 7

@@ -17,9 +17,10 @@ from dp2vae_fast.engine import timing
 from dp2vae_fast.engine.capture import Capture
 from dp2vae_fast.engine.clipping import bounded_norms
 from dp2vae_fast.engine.cost import METHODS
-from dp2vae_fast.engine.gradients import Kept, LinearProduct
+from dp2vae_fast.engine.gradients import Kept
 from dp2vae_fast.engine.plan import Plan, memory_overhead
 from dp2vae_fast.engine.planning import plan_for
+from dp2vae_fast.engine.products import LinearProduct
 
 
 def decoder() -> nn.Module:

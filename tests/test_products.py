@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dp2vae_fast import ops
-from dp2vae_fast.engine.gradients import ConvGeometry, ConvProduct, EmbeddingProduct, LinearProduct
+from dp2vae_fast.engine.products import ConvGeometry, ConvProduct, EmbeddingProduct, LinearProduct
 from dp2vae_fast.ops import _op
 
 pytestmark = pytest.mark.skipif(bool(_op._native_gap), reason=_op._native_gap)

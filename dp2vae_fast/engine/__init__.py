@@ -3,8 +3,8 @@
 * ``sampling``, ``loader``: who is in the batch, on coins of ``keystream``;
 * ``capture`` (with ``tap``, ``guards``, ``verify``; ``traced`` under ``torch.compile``): what every layer saw, and what
   must not pass in silence;
-* ``layers``, ``fallback``: from that to per-sample ``gradients``, formed or never: ``plan``, by ``cost`` or ``timing``
-  (``planning``: before any step);
+* ``layers``, ``fallback``: from that to per-sample ``gradients``, formed or as ``products``: ``plan``, by ``cost`` or
+  ``timing`` (``planning``: before any step);
 * ``clipping``, ``precision``: factors, and what they guarantee after rounding;
 * ``optimizer``, ``update``: sum, noise and the inner optimizer's step; ``distributed``: over several processes;
 * ``counting``, ``accounting``: what has been spent.

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import fallback, guards
-from .gradients import Gradient, Kept, add
+from .gradients import Gradient, Kept
 from .layers import LayerRule, find_rule, is_cross_record
 from .plan import Plan
 from .precision import autocast_as, autocast_dtype
+from .products import add
 from .tap import Taps
 from .traced import TracedCalls
 from .verify import FirstBatch

@@ -1,14 +1,13 @@
-"""Per-sample gradients of one parameter, formed or not.
+"""Per-sample gradients of one parameter: what they can be asked, and those that were formed.
 
 A layer rule says *what* the gradient of each record is; these classes know how to take its norm and its weighted sum.
-:class:`Kept` holds ``[N, *shape]``; the others hold the two factors that a layer's backward pass already had at
+:class:`Kept` holds ``[N, *shape]``; :mod:`.products` hold the two factors that a layer's backward pass already had at
 hand, so that the gradient of a record need never exist.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,12 +15,6 @@ from torch import Tensor
 
 from .. import ops
 from .cost import Cost, Method
-from .precision import PARTS_PER_BLOCK, RECORDS_PER_PART
-
-# An addition of the pixel-Gram combine pass, in multiply-adds of a Gram matrix with both halves counted: it moves bytes
-# where a matrix product does arithmetic.
-_COMBINE = 9
-_ROWS = RECORDS_PER_PART * PARTS_PER_BLOCK
 
 
 class Gradient(Protocol):
@@ -89,52 +82,18 @@ class Gradient(Protocol):
         ...
 
 
-def _bytes(x: Tensor) -> int:
-    """Of one record."""
-    return x.shape[1:].numel() * x.element_size()
-
-
-def _describe(x: Tensor) -> str:
-    return f"{list(x.shape[1:])} {ops.memory_order(x[:1])} {x.dtype}"
-
-
-def _random_like(x: Tensor, records: int) -> Tensor:
+def random_like(x: Tensor, records: int) -> Tensor:
     """``records`` rows of random numbers, lying in memory as those of ``x`` do."""
     order = ops.memory_order(x[0])
     lying = torch.randn(records, *(x.shape[1 + d] for d in order), dtype=torch.float32, device=x.device).to(x.dtype)
     return lying.permute(0, *(1 + order.index(d) for d in range(x.dim() - 1)))
 
 
-def _zeroed(x: Tensor, factors: Tensor) -> Tensor:
-    """``x`` with records of factor zero set to zero: 0 * inf is NaN."""
-    dropped = factors == 0
-    return x.masked_fill(dropped.reshape(-1, *[1] * (x.dim() - 1)), 0) if bool(dropped.any()) else x
-
-
-def _scaled(x: Tensor, factors: Tensor) -> Tensor:
-    return ops.widen(_zeroed(x, factors)) * factors.reshape(-1, *[1] * (x.dim() - 1))
-
-
-def _rounded_down(factors: Tensor, *operands: Tensor) -> Tensor:
+def rounded_down(factors: Tensor, *operands: Tensor) -> Tensor:
     """``factors`` in the precision of sums of these operands: a record's bound outlives the rounding."""
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
     near = factors.to(dtype)
     return torch.where(near > factors, torch.nextafter(near, torch.zeros_like(near)), near)
-
-
-def _in_parts(left: Tensor, right: Tensor) -> Tensor:
-    """``left^T right`` for ``[N, P]`` and ``[N, D]``, in parts of few records; many parts are added in float64."""
-    total: Tensor | None = None
-    for rows, others in zip(left.split(_ROWS), right.split(_ROWS), strict=True):
-        parts = zip(rows.split(RECORDS_PER_PART), others.split(RECORDS_PER_PART), strict=True)
-        few, same = next(parts)
-        block = few.T @ same
-        part = torch.empty_like(block)
-        for few, same in parts:  # apart: a product of one row or column would add every term to `block`
-            block.add_(torch.mm(few.T, same, out=part))
-        total = block if total is None else total.double().add_(block)
-    assert total is not None
-    return total
 
 
 @dataclass(frozen=True)
@@ -162,7 +121,7 @@ class Kept:
         like = values.new_empty(1).expand(values.shape[1:]) if self.records == 0 else values[0]
         order = ops.memory_order(like)  # convolutions keep channels last
         flat = values.permute(0, *(1 + d for d in order)).reshape(self.records, like.numel())
-        total = ops.kept_weighted_sum(flat, _rounded_down(factors, values)).reshape([like.shape[d] for d in order])
+        total = ops.kept_weighted_sum(flat, rounded_down(factors, values)).reshape([like.shape[d] for d in order])
         return total.permute([order.index(d) for d in range(like.dim())])
 
     def in_float64(self, records: Tensor) -> Kept:
@@ -192,245 +151,4 @@ class Kept:
         return f"kept {list(self.values.shape[1:])} {self.values.dtype}"
 
     def like(self, records: int) -> Kept:
-        return Kept(_random_like(self.values, records))
-
-
-@dataclass(frozen=True)
-class LinearProduct:
-    """Weight gradient of a linear layer: activations ``[N, T, D]``, backprops ``[N, T, P]``.
-
-    ``direct``: norms are taken by forming each gradient and forgetting it.
-    """
-
-    activations: Tensor
-    backprops: Tensor
-    direct: bool = False
-
-    @property
-    def records(self) -> int:
-        return self.activations.shape[0]
-
-    def norm_sq(self) -> tuple[Tensor, Tensor]:
-        norm_sq = ops.linear_direct_norm_sq if self.direct else ops.linear_norm_sq
-        return norm_sq(self.activations, self.backprops)
-
-    def kept(self) -> Kept:
-        values, *norms = ops.linear_kept(self.activations, self.backprops)
-        return Kept(values, (norms[0], norms[1]))
-
-    def grad_sample(self) -> Tensor:
-        return self.kept().values
-
-    def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        one_position = self.activations.shape[1] == 1
-        if not one_position and dtype == torch.float64:
-            factors = _rounded_down(factors, self.activations, self.backprops)
-            return ops.linear_weighted_sum(self.activations, self.backprops, factors)
-        backprops = _scaled(self.backprops, factors).flatten(0, 1)
-        activations = _zeroed(self.activations, factors).flatten(0, 1).to(backprops.dtype)
-        return _in_parts(backprops, activations) if one_position else backprops.T @ activations
-
-    def in_float64(self, records: Tensor) -> LinearProduct:
-        return LinearProduct(self.activations[records].double(), self.backprops[records].double())
-
-    def fold(self, rows_per_record: int) -> LinearProduct:
-        def joined(x: Tensor) -> Tensor:
-            return x.unflatten(0, (-1, rows_per_record)).flatten(1, 2)
-
-        return LinearProduct(joined(self.activations), joined(self.backprops))
-
-    @property
-    def formed(self) -> bool:
-        return self.direct
-
-    @property
-    def device(self) -> torch.device:
-        return self.backprops.device
-
-    def ways(self) -> tuple[Method, ...]:
-        return ("gram", "direct", "kept") if self.activations.shape[1] > 1 else ("gram", "kept")
-
-    def directly(self) -> LinearProduct:
-        return replace(self, direct=True)
-
-    def cost(self) -> Cost:
-        (_, t, d), p = self.activations.shape, self.backprops.shape[2]
-        return Cost(t, d, p, t * t * (d + p) if t > 1 else d + p, _bytes(self.activations), _bytes(self.backprops))
-
-    def describe(self) -> str:
-        return f"linear {_describe(self.activations)} {_describe(self.backprops)}"
-
-    def like(self, records: int) -> LinearProduct:
-        return LinearProduct(_random_like(self.activations, records), _random_like(self.backprops, records))
-
-
-@dataclass(frozen=True)
-class ConvGeometry:
-    """Arguments of an n-dimensional (transposed) convolution, one int a spatial dimension."""
-
-    weight_shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    transposed: bool
-
-    def arguments(self) -> tuple[list[int], list[int], list[int], list[int], int, bool]:
-        """As the ops take them."""
-        lists = (list(self.weight_shape), list(self.stride), list(self.padding), list(self.dilation))
-        return (*lists, self.groups, self.transposed)
-
-
-@dataclass(frozen=True)
-class ConvProduct:
-    """Weight gradient of a convolution: activations ``[N, C_in, *in]``, backprops ``[N, C_out, *out]``.
-
-    ``direct``: norms are taken by forming each gradient and forgetting it.
-    """
-
-    activations: Tensor
-    backprops: Tensor
-    geometry: ConvGeometry
-    direct: bool = False
-
-    @property
-    def records(self) -> int:
-        return self.activations.shape[0]
-
-    def norm_sq(self) -> tuple[Tensor, Tensor]:
-        norm_sq = ops.conv_direct_norm_sq if self.direct else ops.conv_norm_sq
-        return norm_sq(self.activations, self.backprops, *self.geometry.arguments())
-
-    def kept(self) -> Kept:
-        values, *norms = ops.conv_kept(self.activations, self.backprops, *self.geometry.arguments())
-        return Kept(values, (norms[0], norms[1]))
-
-    def grad_sample(self) -> Tensor:
-        return self.kept().values
-
-    def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        how = self.geometry.arguments()
-        if dtype == torch.float64:
-            factors = _rounded_down(factors, self.activations, self.backprops)
-            return ops.conv_weighted_sum(self.activations, self.backprops, factors, *how)
-        backprops = _scaled(self.backprops, factors)
-        activations = _zeroed(self.activations, factors).to(backprops.dtype)
-        return ops.conv_weight_gradient(activations, backprops, *how)
-
-    def in_float64(self, records: Tensor) -> ConvProduct:
-        return replace(self, activations=self.activations[records].double(), backprops=self.backprops[records].double())
-
-    def fold(self, rows_per_record: int) -> Kept:
-        return self.kept().fold(rows_per_record)
-
-    @property
-    def formed(self) -> bool:
-        return self.direct
-
-    @property
-    def device(self) -> torch.device:
-        return self.backprops.device
-
-    def ways(self) -> tuple[Method, ...]:
-        return ("gram", "direct", "kept")
-
-    def directly(self) -> ConvProduct:
-        return replace(self, direct=True)
-
-    def cost(self) -> Cost:
-        g = self.geometry
-        plain, spread = (self.activations, self.backprops) if g.transposed else (self.backprops, self.activations)
-        positions, taps = math.prod(plain.shape[2:]), math.prod(g.weight_shape[2:])
-        phases = math.prod(min(s, k) for s, k in zip(g.stride, g.weight_shape[2:], strict=True))
-        gram = positions**2 * (plain.shape[1] + phases * spread.shape[1] + _COMBINE * taps * g.groups)
-        sizes = (_bytes(self.activations), _bytes(self.backprops))
-        return Cost(positions, g.weight_shape[1] * taps, g.weight_shape[0], gram, *sizes)
-
-    def describe(self) -> str:
-        return f"{self.geometry} {_describe(self.activations)} {_describe(self.backprops)}"
-
-    def like(self, records: int) -> ConvProduct:
-        pair = _random_like(self.activations, records), _random_like(self.backprops, records)
-        return ConvProduct(*pair, self.geometry)
-
-
-@dataclass(frozen=True)
-class EmbeddingProduct:
-    """Gradient of an embedding table ``[V, D]``: indices ``[N, T]``, backprops ``[N, T, D]``; ``padding_idx < 0``:
-    none."""
-
-    indices: Tensor
-    backprops: Tensor
-    entries: int
-    padding_idx: int
-
-    @property
-    def records(self) -> int:
-        return self.indices.shape[0]
-
-    def norm_sq(self) -> tuple[Tensor, Tensor]:
-        return ops.embedding_norm_sq(self.indices, self.backprops, self.padding_idx)
-
-    def kept(self) -> Kept:
-        return Kept(self.grad_sample())
-
-    def grad_sample(self) -> Tensor:
-        backprops = ops.widen(self.backprops)
-        dense = backprops.new_zeros(self.records, self.entries, backprops.shape[2])
-        kept = backprops.masked_fill((self.indices == self.padding_idx).unsqueeze(2), 0)
-        return dense.scatter_add_(1, self.indices.unsqueeze(2).expand_as(backprops), kept)
-
-    def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        backprops = _scaled(self.backprops, factors).to(torch.promote_types(dtype, self.backprops.dtype))
-        return torch.ops.aten.embedding_dense_backward(backprops, self.indices, self.entries, self.padding_idx, False)
-
-    def in_float64(self, records: Tensor) -> EmbeddingProduct:
-        return replace(self, indices=self.indices[records], backprops=self.backprops[records].double())
-
-    def fold(self, rows_per_record: int) -> EmbeddingProduct:
-        def joined(x: Tensor) -> Tensor:
-            return x.unflatten(0, (-1, rows_per_record)).flatten(1, 2)
-
-        return replace(self, indices=joined(self.indices), backprops=joined(self.backprops))
-
-    @property
-    def formed(self) -> bool:
-        return False
-
-    @property
-    def device(self) -> torch.device:
-        return self.backprops.device
-
-    def ways(self) -> tuple[Method, ...]:
-        return ("gram", "kept")
-
-    def directly(self) -> EmbeddingProduct:
-        return self
-
-    def cost(self) -> Cost:
-        (_, t, d) = self.backprops.shape
-        return Cost(t, self.entries, d, t * t * d, _bytes(self.indices), _bytes(self.backprops))
-
-    def describe(self) -> str:
-        return f"embedding {self.entries} {_describe(self.backprops)}"
-
-    def like(self, records: int) -> EmbeddingProduct:
-        indices = torch.randint(self.entries, (records, *self.indices.shape[1:]), device=self.device)
-        return replace(self, indices=indices, backprops=_random_like(self.backprops, records))
-
-
-def add(gradients: list[Gradient]) -> Gradient:
-    """The gradient of a parameter that was used several times by the same records: the sum over its uses.
-
-    Uses by linear layers simply have more positions; other kinds are formed and added.
-    """
-    first = gradients[0]
-    if len(gradients) == 1:
-        return first
-    if all(isinstance(g, LinearProduct) for g in gradients):
-        linear = [g for g in gradients if isinstance(g, LinearProduct)]
-        return LinearProduct(torch.cat([g.activations for g in linear], 1), torch.cat([g.backprops for g in linear], 1))
-    total = first.grad_sample()
-    for other in gradients[1:]:
-        total = total + other.grad_sample()
-    return Kept(total)
+        return Kept(random_like(self.values, records))

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .gradients import ConvGeometry, ConvProduct, EmbeddingProduct, Gradient, LinearProduct
+from .gradients import Gradient
+from .products import ConvGeometry, ConvProduct, EmbeddingProduct, LinearProduct
 
 LayerRule = Callable[[Any, Tensor, Tensor], Mapping[str, Gradient | Tensor]]
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
