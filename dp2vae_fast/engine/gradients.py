@@ -91,8 +91,7 @@ def random_like(x: Tensor, records: int) -> Tensor:
 
 def rounded_down(factors: Tensor, *operands: Tensor) -> Tensor:
     """``factors`` in the precision of sums of these operands: a record's bound outlives the rounding."""
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
-    near = factors.to(dtype)
+    near = factors.to(ops.result_dtype(*operands))
     return torch.where(near > factors, torch.nextafter(near, torch.zeros_like(near)), near)
 
 

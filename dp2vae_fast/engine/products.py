@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from .. import ops
 from .cost import Cost, Method
 from .gradients import Gradient, Kept, random_like, rounded_down
 from .precision import PARTS_PER_BLOCK, RECORDS_PER_PART
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # An addition of the pixel-Gram combine pass, in multiply-adds of a Gram matrix with both halves counted: it moves bytes
 # where a matrix product does arithmetic.
@@ -28,10 +32,14 @@ def _describe(x: Tensor) -> str:
     return f"{list(x.shape[1:])} {ops.memory_order(x[:1])} {x.dtype}"
 
 
+def _joined(x: Tensor, rows_per_record: int) -> Tensor:
+    """The positions of consecutive rows, as those of one record."""
+    return x.unflatten(0, (-1, rows_per_record)).flatten(1, 2)
+
+
 def _zeroed(x: Tensor, factors: Tensor) -> Tensor:
-    """``x`` with records of factor zero set to zero: 0 * inf is NaN."""
-    dropped = factors == 0
-    return x.masked_fill(dropped.reshape(-1, *[1] * (x.dim() - 1)), 0) if bool(dropped.any()) else x
+    """``x`` with records of factor zero set to zero, without a copy where there are none."""
+    return ops.masked(x, factors) if bool((factors == 0).any()) else x
 
 
 def _scaled(x: Tensor, factors: Tensor) -> Tensor:
@@ -54,19 +62,39 @@ def _in_parts(left: Tensor, right: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LinearProduct:
-    """Weight gradient of a linear layer: activations ``[N, T, D]``, backprops ``[N, T, P]``.
-
-    ``direct``: norms are taken by forming each gradient and forgetting it.
-    """
+class _Product:
+    """What linear layers and convolutions share. ``direct``: norms are taken by forming each gradient and forgetting
+    it."""
 
     activations: Tensor
     backprops: Tensor
-    direct: bool = False
+    direct: bool = field(default=False, kw_only=True)
 
     @property
     def records(self) -> int:
         return self.activations.shape[0]
+
+    @property
+    def formed(self) -> bool:
+        return self.direct
+
+    @property
+    def device(self) -> torch.device:
+        return self.backprops.device
+
+    def directly(self) -> Self:
+        return replace(self, direct=True)
+
+    def kept(self) -> Kept:
+        raise NotImplementedError
+
+    def grad_sample(self) -> Tensor:
+        return self.kept().values
+
+
+@dataclass(frozen=True)
+class LinearProduct(_Product):
+    """Weight gradient of a linear layer: activations ``[N, T, D]``, backprops ``[N, T, P]``."""
 
     def norm_sq(self) -> tuple[Tensor, Tensor]:
         norm_sq = ops.linear_direct_norm_sq if self.direct else ops.linear_norm_sq
@@ -75,9 +103,6 @@ class LinearProduct:
     def kept(self) -> Kept:
         values, *norms = ops.linear_kept(self.activations, self.backprops)
         return Kept(values, (norms[0], norms[1]))
-
-    def grad_sample(self) -> Tensor:
-        return self.kept().values
 
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         one_position = self.activations.shape[1] == 1
@@ -92,24 +117,10 @@ class LinearProduct:
         return LinearProduct(self.activations[records].double(), self.backprops[records].double())
 
     def fold(self, rows_per_record: int) -> LinearProduct:
-        def joined(x: Tensor) -> Tensor:
-            return x.unflatten(0, (-1, rows_per_record)).flatten(1, 2)
-
-        return LinearProduct(joined(self.activations), joined(self.backprops))
-
-    @property
-    def formed(self) -> bool:
-        return self.direct
-
-    @property
-    def device(self) -> torch.device:
-        return self.backprops.device
+        return LinearProduct(_joined(self.activations, rows_per_record), _joined(self.backprops, rows_per_record))
 
     def ways(self) -> tuple[Method, ...]:
         return ("gram", "direct", "kept") if self.activations.shape[1] > 1 else ("gram", "kept")
-
-    def directly(self) -> LinearProduct:
-        return replace(self, direct=True)
 
     def cost(self) -> Cost:
         (_, t, d), p = self.activations.shape, self.backprops.shape[2]
@@ -140,20 +151,10 @@ class ConvGeometry:
 
 
 @dataclass(frozen=True)
-class ConvProduct:
-    """Weight gradient of a convolution: activations ``[N, C_in, *in]``, backprops ``[N, C_out, *out]``.
+class ConvProduct(_Product):
+    """Weight gradient of a convolution: activations ``[N, C_in, *in]``, backprops ``[N, C_out, *out]``."""
 
-    ``direct``: norms are taken by forming each gradient and forgetting it.
-    """
-
-    activations: Tensor
-    backprops: Tensor
     geometry: ConvGeometry
-    direct: bool = False
-
-    @property
-    def records(self) -> int:
-        return self.activations.shape[0]
 
     def norm_sq(self) -> tuple[Tensor, Tensor]:
         norm_sq = ops.conv_direct_norm_sq if self.direct else ops.conv_norm_sq
@@ -162,9 +163,6 @@ class ConvProduct:
     def kept(self) -> Kept:
         values, *norms = ops.conv_kept(self.activations, self.backprops, *self.geometry.arguments())
         return Kept(values, (norms[0], norms[1]))
-
-    def grad_sample(self) -> Tensor:
-        return self.kept().values
 
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         how = self.geometry.arguments()
@@ -181,19 +179,8 @@ class ConvProduct:
     def fold(self, rows_per_record: int) -> Kept:
         return self.kept().fold(rows_per_record)
 
-    @property
-    def formed(self) -> bool:
-        return self.direct
-
-    @property
-    def device(self) -> torch.device:
-        return self.backprops.device
-
     def ways(self) -> tuple[Method, ...]:
         return ("gram", "direct", "kept")
-
-    def directly(self) -> ConvProduct:
-        return replace(self, direct=True)
 
     def cost(self) -> Cost:
         g = self.geometry
@@ -246,10 +233,9 @@ class EmbeddingProduct:
         return replace(self, indices=self.indices[records], backprops=self.backprops[records].double())
 
     def fold(self, rows_per_record: int) -> EmbeddingProduct:
-        def joined(x: Tensor) -> Tensor:
-            return x.unflatten(0, (-1, rows_per_record)).flatten(1, 2)
-
-        return replace(self, indices=joined(self.indices), backprops=joined(self.backprops))
+        return replace(
+            self, indices=_joined(self.indices, rows_per_record), backprops=_joined(self.backprops, rows_per_record)
+        )
 
     @property
     def formed(self) -> bool:

@@ -18,6 +18,8 @@ from dp2vae_fast.ops.gradient import (
     linear_direct_norm_sq,
     linear_kept,
     linear_weighted_sum,
+    masked,
+    result_dtype,
 )
 from dp2vae_fast.ops.layout import lying, memory_order
 from dp2vae_fast.ops.machine import instruction_set, native_kernels, processor
@@ -52,6 +54,7 @@ __all__ = [
     "linear_norm_sq",
     "linear_weighted_sum",
     "lying",
+    "masked",
     "memory_order",
     "native_kernels",
     "noise_adam_",
@@ -60,6 +63,7 @@ __all__ = [
     "per_dim",
     "processor",
     "random_words",
+    "result_dtype",
     "widen",
 ]
 

@@ -25,14 +25,14 @@ from ._op import op
 from .norm import _gamma, conv_roles, grad_sample_norm_sq, native_convolution, native_product
 
 
-def _masked(x: Tensor, factors: Tensor) -> Tensor:
+def masked(x: Tensor, factors: Tensor) -> Tensor:
     """Zero where the factor is, whatever the record holds: 0 * inf is NaN."""
     return x.masked_fill((factors == 0).reshape(-1, *[1] * (x.dim() - 1)), 0)
 
 
 def _double_product(activations: Tensor, backprops: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    scaled = _masked(backprops, factors).double() * factors.double().reshape(-1, *[1] * (backprops.dim() - 1))
-    return _masked(activations, factors).double(), scaled
+    scaled = masked(backprops, factors).double() * factors.double().reshape(-1, *[1] * (backprops.dim() - 1))
+    return masked(activations, factors).double(), scaled
 
 
 def _direct_norms(values: Tensor, reach: Tensor, positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,8 @@ def _direct_norms(values: Tensor, reach: Tensor, positions: int, dtype: torch.dt
     return norm_sq, error.to(dtype)
 
 
-def _result_dtype(*operands: Tensor) -> torch.dtype:
+def result_dtype(*operands: Tensor) -> torch.dtype:
+    """That of gradients and sums of these operands: float32, or float64 where one of them is."""
     return torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
 
 
@@ -58,7 +59,7 @@ def linear_kept(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor,
     Guarantee:
         ``norm_sq + error`` is an upper bound of the squared norm of the gradients as returned.
     """
-    dtype = _result_dtype(activations, backprops)
+    dtype = result_dtype(activations, backprops)
     values = backprops.to(dtype).transpose(1, 2) @ activations.to(dtype)
     return values, *grad_sample_norm_sq.reference(values)
 
@@ -68,7 +69,7 @@ def linear_direct_norm_sq(activations: Tensor, backprops: Tensor) -> tuple[Tenso
     """The norms of :func:`linear_kept`, whose gradients are not kept."""
     a, b = activations.double(), backprops.double()
     reach = (a.square().sum(2) * b.square().sum(2)).sqrt().sum(1).square()
-    return _direct_norms(b.transpose(1, 2) @ a, reach, a.shape[1], _result_dtype(activations, backprops))
+    return _direct_norms(b.transpose(1, 2) @ a, reach, a.shape[1], result_dtype(activations, backprops))
 
 
 @op(native=native_product)
@@ -78,7 +79,7 @@ def linear_weighted_sum(activations: Tensor, backprops: Tensor, factors: Tensor)
     Records of factor zero contribute exactly zero, whatever they hold.
     """
     a, b = _double_product(activations, backprops, factors)
-    return (b.flatten(0, 1).T @ a.flatten(0, 1)).to(_result_dtype(activations, backprops))
+    return (b.flatten(0, 1).T @ a.flatten(0, 1)).to(result_dtype(activations, backprops))
 
 
 @op(native=native_convolution)
@@ -156,7 +157,7 @@ def conv_direct_norm_sq(
     plain, windows = _unfolded(activations.double(), backprops.double(), *how)
     reach = (plain.square().sum(2) * windows.square().sum(2)).sqrt().sum(2).square().sum(1)
     values = plain @ windows.transpose(2, 3)
-    return _direct_norms(values, reach, plain.shape[3], _result_dtype(activations, backprops))
+    return _direct_norms(values, reach, plain.shape[3], result_dtype(activations, backprops))
 
 
 @op(native=native_convolution)
@@ -177,7 +178,7 @@ def conv_weighted_sum(
     """
     a, b = _double_product(activations, backprops, factors)
     return conv_weight_gradient(a, b, weight_shape, stride, padding, dilation, groups, transposed).to(
-        _result_dtype(activations, backprops)
+        result_dtype(activations, backprops)
     )
 
 
@@ -227,7 +228,7 @@ def kept_weighted_sum(values: Tensor, factors: Tensor) -> Tensor:
 
     Records of factor zero contribute exactly zero, whatever they hold.
     """
-    values = _masked(values, factors)
+    values = masked(values, factors)
     total = values.new_zeros(values.shape[1], dtype=torch.float64)
     for few, same in zip(factors.split(128), values.split(128), strict=True):
         total += few @ same
