@@ -10,6 +10,7 @@ refuses, fails the gate, dies or hangs is reported with one line.
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import statistics
@@ -27,6 +28,7 @@ from bench_noise import used_elsewhere
 
 QUIET = 0.1  # cores that others may use
 BLOCK_S = 1.0  # rounds are judged in blocks of so many seconds at least, as the system counts in hundredths
+FIRST_RECORDS = 32  # an engine may check its first gradients, ours those of so many records: no part of a step's time
 ROOM = 0.45  # of the machine's memory must be free for another variant to be set up beside those that are
 LARGE = str(2**32)
 MALLOC = {"default": {}, "tuned": {"MALLOC_MMAP_THRESHOLD_": LARGE, "MALLOC_TRIM_THRESHOLD_": LARGE}}
@@ -41,6 +43,7 @@ class Settings:
         budget: what one variant may take of a row's timed steps; it still has ``fewest`` of them.
         patience: how long noisy rounds are repeated.
         limit: the longest that a variant may take for one answer.
+        warm_up: steps before the timed ones, at least; more where batches are small (``FIRST_RECORDS``).
         fastdp: a checkout of FastDP.
     """
 
@@ -137,7 +140,7 @@ def measure(workload: str, threads: int, malloc: str, names: list[str], settings
             raise ValueError(row["refused"])
         racers, results, busy = {}, {}, []
         for name, process in zip(names, processes, strict=True):
-            results[name] = set_up(process, workload, name, row["max_grad_norm"], path, settings)
+            results[name] = set_up(process, workload, name, row, path, settings)
             if results[name]["status"] == "ok":
                 racers[name] = process
             else:
@@ -179,10 +182,11 @@ def free_memory() -> float:
 
 
 def set_up(
-    process: Process, workload: str, variant: str, bound: float, path: str, settings: Settings
+    process: Process, workload: str, variant: str, row: dict[str, Any], path: str, settings: Settings
 ) -> dict[str, Any]:
     """Build, gate, warm-up; the result so far, with how long a step takes."""
-    if (done := _answer(process, "prepare", workload=workload, variant=variant, bound=bound))["status"] != "ok":
+    done = _answer(process, "prepare", workload=workload, variant=variant, bound=row["max_grad_norm"])
+    if done["status"] != "ok":
         return done
     if (done := _answer(process, "check", variant=variant, path=path))["status"] != "ok":
         return done
@@ -191,7 +195,7 @@ def set_up(
         if "noise" in done:
             why = f"noise of {done['noise']:.2g} times the bound instead of 1"
         return {**done, "status": "wrong", "why": why}
-    return done | _answer(process, "step", times=settings.warm_up)
+    return done | _answer(process, "step", times=max(settings.warm_up, math.ceil(FIRST_RECORDS / row["batch"])))
 
 
 def _answer(process: Process, do: str, **request: Any) -> dict[str, Any]:

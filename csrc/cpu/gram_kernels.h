@@ -15,14 +15,16 @@ void gather(const Operand& o, const GramPlan& plan, int64_t n, int64_t first, in
   const bool one_row =
       size[0] == 1 && plan.row[0] == size[2] && hop[1] * o.axis[1] == size[2] * hop[2] * o.axis[2];
   if (one_row) {
-    copy_block(data, o.channel, hop[2] * o.axis[2], channels, size[1] * size[2], to, plan.step);
+    turn_block(data, o.channel, hop[2] * o.axis[2], channels, size[1] * size[2], to, plan.step, plan.step,
+               to + channels * plan.step);
     return;
   }
   for (int64_t z = 0; z < size[0]; ++z)
     for (int64_t y = 0; y < size[1]; ++y) {
       const T* from = data + z * hop[0] * o.axis[0] + y * hop[1] * o.axis[1];
-      copy_block(from, o.channel, hop[2] * o.axis[2], channels, size[2],
-                 to + z * plan.row[1] + y * plan.row[0], plan.step);
+      const int64_t first = z * plan.row[1] + y * plan.row[0];
+      turn_block(from, o.channel, hop[2] * o.axis[2], channels, size[2], to + first, plan.step,
+                 plan.step - first, to + channels * plan.step);
     }
 }
 

@@ -45,29 +45,29 @@ DP2VAE_INLINE void copy_block(const T* from, int64_t from_step, int64_t from_inn
   }
 }
 
-// The same where rows of `to` are longer than `inner` or followed by others: blocks of lanes by lanes are
-// turned in registers. What lies behind the `inner` numbers of a row is overwritten, up to `limit`, before
-// the next row is.
+// The same where the `count` numbers may lie together: blocks of lanes by lanes are turned in registers. What
+// lies behind the `inner` numbers of a row is overwritten, by zeros up to `room` numbers from its start, before
+// the next rows are, and nothing from `limit` on.
 template <class T>
 DP2VAE_INLINE void turn_block(const T* from, int64_t from_step, int64_t from_inner, int64_t count,
-                              int64_t inner, float* to, int64_t to_step, const float* limit) {
-  copy_block(from, from_step, from_inner, count, inner, to, to_step);
-}
-
-DP2VAE_INLINE void turn_block(const float* from, int64_t from_step, int64_t from_inner, int64_t count,
-                              int64_t inner, float* to, int64_t to_step, const float* limit) {
-  if (from_step != 1 || inner > kWidth || count < kWidth) {
-    copy_block(from, from_step, from_inner, count, inner, to, to_step);
-    return;
-  }
+                              int64_t inner, float* to, int64_t to_step, int64_t room, const float* limit) {
   int64_t i = 0;
-  for (; i + kWidth <= count && to + (i + kWidth - 1) * to_step + kWidth <= limit; i += kWidth) {
-    F block[kWidth] = {};
-    for (int64_t k = 0; k < inner; ++k) block[k] = load(from + i + k * from_inner);
-    transpose(block);
-    for (int64_t k = 0; k < kWidth; ++k) store(to + (i + k) * to_step, block[k]);
-  }
-  copy_block(from + i, from_step, from_inner, count - i, inner, to + i * to_step, to_step);
+  if (from_step == 1 && from_inner != 1)
+    for (; i + kWidth <= count; i += kWidth) {
+      float* const rows = to + i * to_step;
+      int64_t k = 0;
+      for (; k < inner && k + kWidth <= room && rows + (kWidth - 1) * to_step + k + kWidth <= limit;
+           k += kWidth) {
+        const int64_t here = inner - k < kWidth ? inner - k : kWidth;
+        F block[kWidth] = {};
+        for (int64_t j = 0; j < here; ++j) block[j] = load(from + i + (k + j) * from_inner);
+        transpose(block);
+        for (int64_t j = 0; j < kWidth; ++j) store(rows + j * to_step + k, block[j]);
+      }
+      if (k < inner)
+        copy_block(from + i + k * from_inner, 1, from_inner, kWidth, inner - k, rows + k, to_step);
+    }
+  copy_block(from + i * from_step, from_step, from_inner, count - i, inner, to + i * to_step, to_step);
 }
 
 template <class T>
@@ -82,13 +82,13 @@ void pack_plain(const Product& p, const Layout& l, int64_t n, int64_t place, int
       const float* const limit = to + positions * row.count;
       const T* from = data + (g * p.rows + row.begin) * o.channel;
       if (p.grid[0] == 1 && o.axis[1] == p.grid[2] * o.axis[2]) {  // one long row
-        turn_block(from, o.axis[2], o.channel, positions, row.count, to, row.count, limit);
+        turn_block(from, o.axis[2], o.channel, positions, row.count, to, row.count, kWidth, limit);
         continue;
       }
       for (int64_t z = 0; z < p.grid[0]; ++z)
         for (int64_t y = 0; y < p.grid[1]; ++y) {
           turn_block(from + z * o.axis[0] + y * o.axis[1], o.axis[2], o.channel, p.grid[2], row.count, to,
-                     row.count, limit);
+                     row.count, kWidth, limit);
           to += p.grid[2] * row.count;
         }
     }
@@ -106,7 +106,8 @@ DP2VAE_INLINE Span inside(int64_t n, int64_t stride, int64_t offset, int64_t siz
 // `count` channels of `pixels` pixels that lie one after the other, in rows as long as the input is wide, to
 // the first columns of a slab, from the slot of (z, 0, 0) on: blocks of lanes by lanes, across the ends of
 // rows.
-DP2VAE_INLINE void turn_pixels(const Product& p, const Layout& l, const float* from, int64_t pixels,
+template <class T>
+DP2VAE_INLINE void turn_pixels(const Product& p, const Layout& l, const T* from, int64_t pixels,
                                int64_t count, int64_t z, float* to, int64_t width) {
   const int64_t row_end = l.box[2] - p.size[2], plane_end = (l.box[1] - p.size[1]) * l.box[2];
   int64_t slot = (z * l.box[1] + p.padding[1]) * l.box[2] + p.padding[2], x = 0, y = 0;
@@ -126,10 +127,10 @@ DP2VAE_INLINE void turn_pixels(const Product& p, const Layout& l, const float* f
     }
     for (int64_t c = 0; c < count; c += kWidth) {
       const int64_t channels = count - c < kWidth ? count - c : kWidth;
-      const float* block = from + c * p.spread.channel + q;
+      const T* block = from + c * p.spread.channel + q;
       if (here < kWidth) {
         for (int64_t k = 0; k < here; ++k)
-          for (int64_t i = 0; i < channels; ++i) to[slots[k] + c + i] = block[i * p.spread.channel + k];
+          for (int64_t i = 0; i < channels; ++i) to[slots[k] + c + i] = value(block, i * p.spread.channel + k);
         continue;
       }
       F rows[kWidth] = {};
@@ -140,10 +141,6 @@ DP2VAE_INLINE void turn_pixels(const Product& p, const Layout& l, const float* f
   }
 }
 
-template <class T>
-DP2VAE_INLINE void turn_pixels(const Product&, const Layout&, const T*, int64_t, int64_t, int64_t, float*,
-                               int64_t) {}
-
 // Channels [first, first + count) of a group's pixels to columns [0, count) of a slab.
 template <class T>
 void pack_pixels(const Product& p, const Layout& l, const T* from, int64_t count, float* to, int64_t width) {
@@ -151,7 +148,7 @@ void pack_pixels(const Product& p, const Layout& l, const T* from, int64_t count
   const Span z = inside(l.box[0], 1, -p.padding[0], p.size[0]);
   const Span y = inside(l.box[1], 1, -p.padding[1], p.size[1]);
   const Span x = inside(l.box[2], 1, -p.padding[2], p.size[2]);
-  const bool one_run = sizeof(T) == sizeof(float) && o.axis[2] == 1 && o.axis[1] == p.size[2] &&
+  const bool one_run = o.axis[2] == 1 && o.axis[1] == p.size[2] &&
                        (p.size[0] == 1 || o.axis[0] == p.size[1] * p.size[2]) && x.count == p.size[2] &&
                        y.count == p.size[1];
   if (one_run) {

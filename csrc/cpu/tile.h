@@ -11,7 +11,12 @@ namespace dp2vae::DP2VAE_ISA {
 using F = Lanes::F;
 typedef float AnyF __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 
+typedef uint16_t AnyBF16 __attribute__((vector_size(2 * kWidth), aligned(2), may_alias));
+
 DP2VAE_INLINE F load(const float* from) { return *reinterpret_cast<const AnyF*>(from); }
+DP2VAE_INLINE F load(const uint16_t* from) {  // bfloat16
+  return (F)(__builtin_convertvector(*reinterpret_cast<const AnyBF16*>(from), Lanes::U) << 16);
+}
 DP2VAE_INLINE void store(float* to, F x) { *reinterpret_cast<AnyF*>(to) = x; }
 
 DP2VAE_INLINE F all(float x) {
