@@ -108,9 +108,11 @@ def ours(
     channels_innermost: bool = False,
     compiled: bool = False,
     backend: str = "",
+    physical_batches: int = 1,
     **options: Any,
 ) -> Run:
-    """``options`` are those of ``PrivacyEngine.privatize``; ``backend`` is what every op must run on."""
+    """``options`` are those of ``PrivacyEngine.privatize``; ``backend`` is what every op must run on; a step takes its
+    batch in so many ``physical_batches``."""
     problem = channels_last(problem) if channels_innermost else problem
     inner = adam(problem.model)
     module, optimizer = PrivacyEngine().privatize(
@@ -122,13 +124,21 @@ def ours(
         expected_batch_size=problem.batch,
         **options,
     )
-    call = torch.compile(module) if compiled else module
+    call: Any = torch.compile(module) if compiled else module
+    *first, last = problem.parts(physical_batches)
 
     def step() -> None:
         with ops.backend(backend) if backend else nullcontext():
-            optimizer.zero_grad()
-            problem.losses(call).sum().backward()  # type: ignore[arg-type]
-            optimizer.step()
+            for part in first:
+                optimizer.signal_skip_step(True)
+                take(part)
+            optimizer.signal_skip_step(False)
+            take(last)
+
+    def take(part: Problem) -> None:
+        optimizer.zero_grad()
+        part.losses(call).sum().backward()
+        optimizer.step()
 
     return Run(step, partial(setattr, optimizer, "noise_multiplier"), inner, problem.model)
 
@@ -180,6 +190,7 @@ VARIANTS = {
     "ours": Variant("ours", ours, rounds_up=True),
     "ours-channels-last": Variant("ours, channels last", partial(ours, channels_innermost=True), rounds_up=True),
     "ours-low-memory": Variant("ours, max_memory_overhead=1", partial(ours, max_memory_overhead=1.0), rounds_up=True),
+    "ours-in-halves": Variant("ours, two physical batches", partial(ours, physical_batches=2), rounds_up=True),
     "ours-any-memory": Variant(
         "ours, max_memory_overhead=inf", partial(ours, max_memory_overhead=math.inf), rounds_up=True
     ),

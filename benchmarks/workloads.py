@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,12 @@ class Problem:
         """Per-sample losses [N] of ``model``, the problem's own unless given."""
         call = self.model if model is None else model
         return self.loss.of_records(call(*self.inputs), *self.targets)
+
+    def parts(self, count: int) -> list[Problem]:
+        """The same of ``count`` parts of its records."""
+        columns = zip(*(x.chunk(count) for x in (*self.inputs, *self.targets)), strict=True)
+        split = len(self.inputs)
+        return [replace(self, inputs=part[:split], targets=part[split:]) for part in columns]
 
 
 class VAE(nn.Module):

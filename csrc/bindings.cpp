@@ -9,7 +9,6 @@
 #include <string>
 
 #include "chacha20.h"
-#include "cpu/buffers.h"
 #include "cpu/isa.h"
 #include "cpu/noise.h"
 #include "ops.h"
@@ -88,8 +87,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("select_isa", &dp2vae::select_isa, py::arg("name"),
              "Use the kernels of an instruction set named in build_info()['isas']; False where it is not. "
              "For tests.");
-  module.def("unused_bytes", &dp2vae::unused_bytes, "Bytes of buffers that wait to be used again.");
-  module.def("release_unused", &dp2vae::release_unused, "Give these bytes back to the system.");
   module.def("chacha20_block", &chacha20_block, py::arg("key"), py::arg("counter"), py::arg("nonce"),
              "One ChaCha20 block (RFC 8439, section 2.3): 32-byte key, 12-byte nonce -> 64 bytes.");
   module.def("box_muller", &box_muller, py::arg("radius_word"), py::arg("tail_word"), py::arg("angle_word"),

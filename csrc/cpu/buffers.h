@@ -1,5 +1,6 @@
-// Large blocks of memory that are used again: a fresh one costs a page fault for every four kilobytes, every
-// step.
+// Blocks of memory. Large ones are mapped apart and in huge pages where the system has them: a fresh block
+// would cost a page fault for every four kilobytes, every step, and one that is kept for the next step would
+// raise the peak of memory, which comes when it is not in use.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -9,7 +10,7 @@
 
 namespace dp2vae {
 
-// A block of floats, whatever was in it; goes back to the pool at the end of its scope.
+// A block of floats, whatever was in it, on a cache line's boundary; freed at the end of its scope.
 class Buffer {
  public:
   explicit Buffer(int64_t floats);
@@ -25,12 +26,7 @@ class Buffer {
   int64_t floats_;
 };
 
-// A float32 CPU tensor whose memory, where it is large, is a block of the pool and goes back there with its
-// last use.
-torch::stable::Tensor pooled(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides);
-
-// Bytes of the pool that nobody uses at the moment; `release_unused` gives them back to the system.
-int64_t unused_bytes();
-void release_unused();
+// A float32 CPU tensor in such a block, freed with its last use.
+torch::stable::Tensor new_block(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides);
 
 }  // namespace dp2vae

@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> kept(const Product& p, const Tensor& like, co
   strides[1] = p.numbers() / weight_shape[0];
   strides[2] = 1;
   for (size_t d = sizes.size(), step = weight_shape[1]; d-- > 3; step *= sizes[d]) strides[d] = step;
-  Tensor values = pooled(sizes, strides);
+  Tensor values = new_block(sizes, strides);
   Tensor norm_sq = new_floats(like, {p.records}), error = new_floats(like, {p.records});
   form_all(p, floats(values), floats(norm_sq), floats(error));
   return {values, norm_sq, error};

@@ -46,8 +46,8 @@ DP2VAE_INLINE void copy_block(const T* from, int64_t from_step, int64_t from_inn
 }
 
 // The same where the `count` numbers may lie together: blocks of lanes by lanes are turned in registers. What
-// lies behind the `inner` numbers of a row is overwritten, by zeros up to `room` numbers from its start, before
-// the next rows are, and nothing from `limit` on.
+// lies behind the `inner` numbers of a row is overwritten, by zeros up to `room` numbers from its start,
+// before the next rows are, and nothing from `limit` on.
 template <class T>
 DP2VAE_INLINE void turn_block(const T* from, int64_t from_step, int64_t from_inner, int64_t count,
                               int64_t inner, float* to, int64_t to_step, int64_t room, const float* limit) {
@@ -130,7 +130,8 @@ DP2VAE_INLINE void turn_pixels(const Product& p, const Layout& l, const T* from,
       const T* block = from + c * p.spread.channel + q;
       if (here < kWidth) {
         for (int64_t k = 0; k < here; ++k)
-          for (int64_t i = 0; i < channels; ++i) to[slots[k] + c + i] = value(block, i * p.spread.channel + k);
+          for (int64_t i = 0; i < channels; ++i)
+            to[slots[k] + c + i] = value(block, i * p.spread.channel + k);
         continue;
       }
       F rows[kWidth] = {};

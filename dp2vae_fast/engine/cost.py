@@ -78,5 +78,5 @@ class Rates:
 
 # Of the C++ kernels with AVX-512 on a 2.7 GHz Xeon (benchmarks/NOTES.md), and of the reference ops there. With narrower
 # vectors all of them take longer alike.
-NATIVE = Rates(product=75.0, gram=90.0, packed=0.7, added=0.035, kept=0.3)
+NATIVE = Rates(product=75.0, gram=110.0, packed=0.3, added=0.035, kept=1.0)
 REFERENCE = Rates(product=25.0, gram=15.0, packed=1.0, added=0.0, kept=1.5)

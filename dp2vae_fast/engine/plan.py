@@ -59,8 +59,9 @@ class Plan:
     Args:
         forced: parameter name -> way, overriding everything.
         max_memory_overhead: peak memory of a step over that of an ordinary one, as far as layers' inputs, outputs and
-            kept gradients decide it; an ordinary step is taken to hold inputs and outputs of its layers twice, once for
-            the layers and once for what stands between them. ``math.inf``: the fastest way for all.
+            kept gradients decide it; an ordinary step is taken to hold the inputs and outputs of all layers when its
+            backward pass begins, as where each is followed by a norm layer or an activation. ``math.inf``: the fastest
+            way for all.
         measure: time the ways on random numbers the first time that a shape is seen on this machine.
 
     Attributes:
@@ -151,9 +152,9 @@ def memory_overhead(choices: Sequence[Choice]) -> float:
     waiting = sum(c.cost.operands for c in choices)
     if waiting == 0:
         return 1.0
-    ordinary, held, peak = 2 * waiting, 0, waiting
+    ordinary, held, peak = waiting, 0, waiting
     for choice in choices:
         waiting -= choice.cost.operands
         held += choice.held
         peak = max(peak, waiting + held)
-    return (peak + ordinary / 2) / ordinary
+    return peak / ordinary

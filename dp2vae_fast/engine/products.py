@@ -46,16 +46,22 @@ def _scaled(x: Tensor, factors: Tensor) -> Tensor:
     return ops.widen(_zeroed(x, factors)) * factors.reshape(-1, *[1] * (x.dim() - 1))
 
 
-def _in_parts(left: Tensor, right: Tensor) -> Tensor:
-    """``left^T right`` for ``[N, P]`` and ``[N, D]``, in parts of few records; many parts are added in float64."""
+def _in_parts(backprops: Tensor, activations: Tensor, factors: Tensor) -> Tensor:
+    """``backprops^T diag(factors) activations`` for ``[N, P]`` and ``[N, D]``, in parts of few records; many parts are
+    added in float64."""
+
+    def part(i: int, out: Tensor | None = None) -> Tensor:
+        here = slice(i, i + RECORDS_PER_PART)
+        left = ops.widen(backprops[here]) * factors[here, None]
+        return torch.mm(left.T, activations[here].to(left.dtype), out=out)
+
     total: Tensor | None = None
-    for rows, others in zip(left.split(_ROWS), right.split(_ROWS), strict=True):
-        parts = zip(rows.split(RECORDS_PER_PART), others.split(RECORDS_PER_PART), strict=True)
-        few, same = next(parts)
-        block = few.T @ same
-        part = torch.empty_like(block)
-        for few, same in parts:  # apart: a product of one row or column would add every term to `block`
-            block.add_(torch.mm(few.T, same, out=part))
+    for first in range(0, max(1, len(factors)), _ROWS):
+        block = part(first)
+        others = range(first + RECORDS_PER_PART, min(first + _ROWS, len(factors)), RECORDS_PER_PART)
+        room = torch.empty_like(block) if others else None
+        for i in others:  # apart: a product of one row or column would add every term to `block`
+            block.add_(part(i, room))
         total = block if total is None else total.double().add_(block)
     assert total is not None
     return total
@@ -105,13 +111,15 @@ class LinearProduct(_Product):
         return Kept(values, (norms[0], norms[1]))
 
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        one_position = self.activations.shape[1] == 1
-        if not one_position and dtype == torch.float64:
+        if self.activations.shape[1] == 1:
+            activations, backprops = (_zeroed(x, factors).squeeze(1) for x in (self.activations, self.backprops))
+            return _in_parts(backprops, activations, factors)
+        if dtype == torch.float64:
             factors = rounded_down(factors, self.activations, self.backprops)
             return ops.linear_weighted_sum(self.activations, self.backprops, factors)
         backprops = _scaled(self.backprops, factors).flatten(0, 1)
         activations = _zeroed(self.activations, factors).flatten(0, 1).to(backprops.dtype)
-        return _in_parts(backprops, activations) if one_position else backprops.T @ activations
+        return backprops.T @ activations
 
     def in_float64(self, records: Tensor) -> LinearProduct:
         return LinearProduct(self.activations[records].double(), self.backprops[records].double())
