@@ -84,14 +84,19 @@ class Capture:
         self.buffered: list[tuple[str, nn.Module]] = []  # with buffers of their own
         if any(Hooks.are_on(layer) for layer in module.modules()):
             raise ValueError("the module is private already: call cleanup() on what make_private returned for it")
+        refusals = {
+            layer: guards.refuse_in_training(f"layer {name!r} ({type(layer).__name__}) {reason}")
+            for name, layer in module.named_modules()
+            if (reason := is_cross_record(layer))
+        }
+        for layer, refuse in refusals.items():  # before any hook is on: what is refused stays as it was
+            refuse(layer, ())
         for number, (name, layer) in enumerate(module.named_modules()):
             if next(layer.buffers(recurse=False), None) is not None:
                 self.buffered.append((name, layer))
                 self._handles += guards.watch_buffers(name, layer, self._watching)
-            if reason := is_cross_record(layer):
-                refuse = guards.refuse_in_training(f"layer {name!r} ({type(layer).__name__}) {reason}")
-                refuse(layer, ())
-                self._handles.append(layer.register_forward_pre_hook(refuse))
+            if layer in refusals:
+                self._handles.append(layer.register_forward_pre_hook(refusals[layer]))
             self.hooks.append(Hooks(self, number, name, layer))
         self._handles += self.hooks
         self._guard(self._names)
