@@ -175,26 +175,24 @@ def replace_engine(key: str, one_pass: bool) -> None:
     import opacus.utils.fast_gradient_clipping_utils
     import opacus.utils.per_sample_gradients_utils
 
+    from dp2vae_fast.engine import capture as our_capture
     from dp2vae_fast.engine import module as our_module
     from dp2vae_fast.engine import optimizer as our_optimizer
     from dp2vae_fast.engine import privacy_engine
-    from dp2vae_fast.engine.capture import Capture
     from dp2vae_fast.engine.keystream import Keystream
     from dp2vae_fast.engine.products import add
 
-    class Observed(Capture):
-        """Shows after every backward pass, where Opacus shows them, the gradients that the optimizer will take."""
+    class Observed(our_capture.Hooks):
+        """Show in every backward pass, where Opacus shows them, the gradients that the optimizer will take."""
 
-        loss_reduction = "mean"
-        norms_only = False  # ghost clipping: `_norm_sample` instead of `grad_sample`
-
-        def _record(self, name: str, layer: nn.Module, rule: Any, trainable: dict, call: Any, backprops: list) -> None:
-            super()._record(name, layer, rule, trainable, call, backprops)
+        def _record(self, layer: nn.Module, rule: Any, trainable: dict, *use: Any) -> None:
+            super()._record(layer, rule, trainable, *use)
             SEEN["layer uses"] += 1
+            capture: Any = self._capture
             for p in trainable.values():
-                uses = self._book[p]
-                scale = self._records if self.loss_reduction == "mean" else 1
-                if self.norms_only:
+                uses = capture.book.uses[p]
+                scale = capture.records if capture.loss_reduction == "mean" else 1
+                if capture.norms_only:  # ghost clipping: `_norm_sample` instead of `grad_sample`
                     p._norm_sample = (scale * add(uses).norm_sq()[0].sqrt()).to(p.dtype)
                     continue
                 batches = p.grad_sample if isinstance(p.grad_sample, list) else [p.grad_sample]
@@ -221,11 +219,11 @@ def replace_engine(key: str, one_pass: bool) -> None:
             super().__init__(m, batch_first=batch_first, loss_reduction=loss_reduction)
 
         def _attach(self, m: nn.Module) -> None:
-            our_module.Capture, keep = Observed, our_module.Capture
+            our_capture.Hooks, keep = Observed, our_capture.Hooks
             try:
                 super()._attach(m)
             finally:
-                our_module.Capture = keep
+                our_capture.Hooks = keep
             self.capture.loss_reduction, self.capture.norms_only = self.loss_reduction, self._norms_only
             # Nobody takes the gradients of a bare module: each batch makes room for the next.
             self.capture.owners = defaultdict(lambda: self.capture.clear, dict.fromkeys(m.parameters(), self._next))
@@ -299,7 +297,7 @@ def replace_engine(key: str, one_pass: bool) -> None:
             optimizer, capture=capture, stream=key.stream("DP-SGD"), materialize_grad=True, **kwargs
         )
 
-    captures: list[Observed] = []
+    captures: list[our_capture.Capture] = []
     attach = Shows._attach
 
     def remember(self: Any, m: nn.Module) -> None:

@@ -231,6 +231,14 @@ def test_layers_that_mix_records_are_refused():
         frozen(torch.randn(2, 3, 4, 4))
 
 
+def test_a_refused_module_can_be_put_right():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(NotImplementedError, match="normalises over the batch"):
+        Capture(model)
+    model[1] = nn.LayerNorm(4)
+    check(model, torch.randn(5, 4, dtype=D))
+
+
 def test_inputs_without_a_batch_axis_are_refused():
     class Mixed(nn.Module):
         def __init__(self) -> None:

@@ -116,7 +116,7 @@ def test_what_is_kept_lets_its_operands_go():
     capture = Capture(model, plan=plan, verify=False)
     for step in range(2):
         model(torch.randn(3, 8)).square().sum().backward()
-        held = capture._book[model[7].weight][0]
+        held = capture.book.uses[model[7].weight][0]
         assert isinstance(held, Kept) == (step > 0)
         capture.take(list(model.parameters()))
 

@@ -1,8 +1,9 @@
 """DP-SGD for any module; knows nothing of VAEs. Along the way of one step:
 
 * ``sampling``, ``loader``: who is in the batch, on coins of ``keystream``;
-* ``capture`` (with ``tap``, ``guards``, ``verify``; ``traced`` under ``torch.compile``): what every layer saw, and what
-  must not pass in silence;
+* ``capture``: what every layer saw, by ``hooks`` that put a ``tap`` on its output, within ``calls`` of the whole model
+  (``traced`` under ``torch.compile``), into the ``book`` of the batch; ``guards``, ``verify``: what must not pass in
+  silence;
 * ``layers``, ``fallback``: from that to per-sample ``gradients``, formed or as ``products``: ``plan``, by ``cost`` or
   ``timing`` (``planning``: before any step);
 * ``clipping``, ``precision``: factors, and what they guarantee after rounding;

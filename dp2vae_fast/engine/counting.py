@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from opacus.accountants import IAccountant
 
-from .capture import Origin
+from .book import Origin
 from .sampling import PoissonSampler
 
 

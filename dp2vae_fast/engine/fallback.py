@@ -1,11 +1,12 @@
 """Per-sample gradients of a layer that has no rule: the layer itself, run again record by record under ``vmap(grad)``.
 
 Exact for any layer that treats records independently, and slow: the layer's forward is repeated, and the gradients
-are formed.
+are formed. That their total is autograd's own is checked in every batch (:func:`~.guards.compare_totals`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,54 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .guards import Totals
+from .precision import autocast_as, autocast_dtype
+
 # How far the per-sample gradients may be from autograd's own total, as a part of the sum of their norms. A layer that
 # mixes records is off by its whole gradient, rounding by at most ~1e-4 of it in float32, 1e-2 in bfloat16.
 _AGREEMENT = {torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+class Rerun:
+    """One call of a layer, to be run again in the backward pass by record, under the autocast of its forward.
+
+    Args:
+        name: the layer's, for messages.
+        arguments: positional and keyword arguments of its forward.
+        totals: where the totals of the gradients found go.
+        kind: type of the device that it runs on.
+        axis: 0, or 1 for ``batch_first=False``.
+
+    Attributes:
+        tensors: those among the arguments; the call does not keep them, whoever runs it again must.
+    """
+
+    def __init__(
+        self, name: str, layer: nn.Module, arguments: tuple[tuple, dict], totals: Totals, *, kind: str, axis: int
+    ) -> None:
+        leaves, self._structure = tree_flatten(arguments)
+        self.tensors = [x for x in leaves if isinstance(x, Tensor)]
+        self._name, self._layer, self._axis, self._totals = name, layer, axis, totals
+        self._is_tensor = [isinstance(x, Tensor) for x in leaves]
+        self._constants = [None if isinstance(x, Tensor) else x for x in leaves]
+        self._kind, self._autocast = kind, autocast_dtype(kind)
+
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict]:
+        """The arguments of the call, of its ``tensors``."""
+        found = iter(tensors)
+        leaves = [next(found).detach() if t else x for x, t in zip(self._constants, self._is_tensor, strict=True)]
+        return tree_unflatten(leaves, self._structure)
+
+    def grad_samples(self, arguments: tuple[tuple, dict], backprops: list[Tensor]) -> dict[str, Tensor]:
+        """:func:`grad_samples` of the call, with their totals noted."""
+        try:
+            with autocast_as(self._kind, self._autocast):
+                found = grad_samples(self._layer, arguments, backprops, axis=self._axis)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"layer {self._name!r}: {error}") from error
+        for key, samples in found.items():
+            self._totals[key] = (samples.sum(0), tolerance(samples, arguments, backprops))
+        return found
 
 
 def grad_samples(

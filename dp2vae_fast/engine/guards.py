@@ -6,11 +6,13 @@ mixed with another's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 def refuse_in_training(message: str) -> Callable[[nn.Module, tuple], None]:
@@ -83,12 +85,22 @@ def refuse_unseen_use(name: str, parameter: Tensor, watching: Callable[[], bool]
     return [parameter.register_hook(note), parameter.register_post_accumulate_grad_hook(refuse)]
 
 
-def compare_totals(name: str, key: str, totals: dict[str, tuple[Tensor, float]], leaf: Tensor) -> None:
-    """Autograd's own gradient of a stand-in must be the total of the per-sample gradients found for it.
+Totals = dict[str, tuple[Tensor, float]]
+"""``{parameter: (total of its per-sample gradients, tolerance)}``, an entry of which is used up."""
 
-    Args:
-        totals: ``{parameter: (total found, tolerance)}``, an entry of which is used up.
-    """
+
+def watch_totals(name: str, stand_ins: Mapping[str, Tensor | None]) -> Totals:
+    """Hooks on a layer's stand-ins that autograd differentiates, and the totals that they compare with: to be filled
+    in the backward pass, before autograd's own gradients arrive."""
+    totals: Totals = {}
+    for key, leaf in stand_ins.items():
+        if leaf is not None and leaf.requires_grad:
+            leaf.register_post_accumulate_grad_hook(partial(compare_totals, name, key, totals))
+    return totals
+
+
+def compare_totals(name: str, key: str, totals: Totals, leaf: Tensor) -> None:
+    """Autograd's own gradient of a stand-in must be the total of the per-sample gradients found for it."""
     total, leaf.grad = leaf.grad, None
     found, tolerance = totals.pop(key, (torch.zeros_like(leaf), 0.0))
     if total is not None and float((found - total).norm()) > tolerance:  # not so where they are NaN
@@ -99,28 +111,22 @@ def compare_totals(name: str, key: str, totals: dict[str, tuple[Tensor, float]],
         )
 
 
-class Rows:
-    """Counts the rows of every layer against the inputs of the outermost call, so that positions or copies folded
-    into the batch axis are not taken for records of their own."""
-
-    def __init__(self, axis: int) -> None:
-        self.axis = axis
-        self.outermost: nn.Module | None = None
-        self.sizes: set[int] = set()
-
-    def open(self, module: nn.Module) -> None:
-        """A call of the root or a container begins."""
-        if self.outermost is None:
-            self.outermost = module
-
-    def count(self, inputs: Iterable[Any]) -> None:
-        """The outermost call is on ``inputs``."""
-        self.sizes = {x.shape[self.axis] for x in inputs if isinstance(x, Tensor) and x.dim() > self.axis}
-
-    def close(self, module: nn.Module) -> None:
-        """It ends."""
-        if self.outermost is module:
-            self.outermost = None
+def refuse_untappable(name: str, layer: nn.Module, arguments: tuple[tuple, dict], outputs: Sequence[Any]) -> None:
+    """A layer whose parameters meet no record, or whose output a tap cannot hold, has no per-sample gradient."""
+    if not any(isinstance(x, Tensor) for x in tree_leaves(arguments)):
+        raise NotImplementedError(
+            f"layer {name!r} ({type(layer).__name__}) owns trainable parameters and is called without a tensor "
+            "(a parametrization, a learned prior): they have no per-sample gradient. Pass it a tensor with the "
+            "batch as its first axis, or freeze its parameters"
+        )
+    opaque = [x for x in outputs if not isinstance(x, Tensor | int | float | str | None)]
+    opaque += [x for x in outputs if isinstance(x, Tensor) and x.is_complex()]
+    if opaque:
+        raise NotImplementedError(
+            f"layer {name!r} ({type(layer).__name__}) owns trainable parameters and returns a "
+            f"{type(opaque[0]).__name__}: return real tensors, or tuples, lists or dicts of them, or move its "
+            "parameters into a layer of their own"
+        )
 
 
 def check_rows(name: str, outputs: Sequence[Tensor], sizes: set[int], axis: int, rows_per_record: int) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from .. import ops
-from .capture import Capture, Origin
+from .book import Origin
+from .capture import Capture
 from .clipping import FlatClipping
 from .keystream import Stream
 from .precision import full_precision, sum_rounding

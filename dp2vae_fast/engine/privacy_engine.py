@@ -17,7 +17,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from .capture import Capture, Origin
+from .book import Origin
+from .capture import Capture
 from .clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, GroupClipping
 from .counting import StepCounter, in_use
 from .distributed import DistributedDPOptimizer, Ranks

@@ -53,6 +53,19 @@ class Taps:
         through the taps too and means no parameter."""
         return torch._C._will_engine_execute_node(self._node)
 
+    def wants_report(self) -> bool:
+        """Inside a tap's backward: false in a backward pass that means no parameter.
+
+        Raises:
+            NotImplementedError: it is to be differentiated in its turn.
+        """
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "create_graph=True (a gradient penalty) needs second derivatives, which have no per-sample "
+                "gradient: call the model in eval mode with its parameters frozen, or leave the penalty out"
+            )
+        return self.reaches_parameters()
+
     def lost(self) -> bool:
         """Whether more reports were due from compiled graphs than arrived, since the last call."""
         due, self.anchor.grad = self.anchor.grad, None

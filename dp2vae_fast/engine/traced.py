@@ -30,7 +30,8 @@ from .precision import autocast_dtype, full_precision
 from .verify import Call
 
 if TYPE_CHECKING:
-    from .capture import Capture, Origin
+    from .book import Origin
+    from .capture import Capture
 
 _LIBRARY = torch.library.Library("dp2vae_fast", "FRAGMENT")
 _NOT_IN_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
@@ -128,20 +129,21 @@ class TracedCalls:
         if capture.records is not None:  # take them, which may check them against autograd: here there is none
             with ThreadPoolExecutor(1) as plain:
                 plain.submit(capture.begin_batch).result()
-        rows, first_batch, first = capture.rows, capture.first_batch, None
-        if rows.outermost in (None, capture.modules[module]):
-            rows.count(inputs)
+        calls, first_batch, first = capture.calls, capture.first_batch, None
+        called = capture.hooks[module].module
+        if calls.outermost in (None, called):
+            calls.count(inputs)
             if first_batch.waiting and not whole:
                 first_batch.give_up("a compiled model is called with something else than tensors")
             elif first_batch.waiting:
                 positional = len(inputs) - len(names)
                 args, kwargs = tuple(inputs[:positional]), dict(zip(names, inputs[positional:], strict=True))
-                first = first_batch.remember(capture.modules[module], args, kwargs, capture.trainable(), autocast)
+                first = first_batch.remember(called, args, kwargs, capture.trainable(), autocast)
             else:
                 for call in self._calls.values():
                     call.first = None
         buffers = [(name, layer, guards.buffer_versions(layer)) for name, layer in capture.buffered]
-        self._calls[number] = _TracedCall(set(rows.sizes), capture.draws(), first, buffers)
+        self._calls[number] = _TracedCall(set(calls.sizes), capture.draws(), first, buffers)
         while len(self._calls) > _CALLS_KEPT:
             del self._calls[next(iter(self._calls))]
         return number
@@ -154,13 +156,14 @@ class TracedCalls:
         self, layer: int, keys: Sequence[str], ticket: int, saved: Sequence[Tensor], backprops: Sequence[Tensor]
     ) -> None:
         capture, call = self._capture, self._call(ticket)
-        if not capture.wants_report():
+        if not capture.taps.wants_report():
             return
         capture.taps.arrived += 1
         for name, module, before in call.buffers:
             guards.refuse_changed_buffers(name, module, before)
         if layer != _MODEL:
-            capture.record_traced(layer, keys, saved[0].clone(), [b.clone() for b in backprops], call.sizes, call.draws)
+            use = saved[0].clone(), [b.clone() for b in backprops]
+            capture.hooks[layer].record_traced(keys, *use, call.sizes, call.draws)
         elif call.first is not None:
             capture.first_batch.arrived(call.first, [b.clone() for b in backprops])
 
