@@ -99,7 +99,11 @@ class Actor:
     def ask(self, do, **request):
         assert not self.killed
         self.steps += do == "step"
-        answers = {"find_truth": {"max_grad_norm": 1.0, "batch": 6}, "check": {"wrong": False}, "step": {"seconds": self.steps}}
+        answers = {
+            "find_truth": {"max_grad_norm": 1.0, "batch": 6},
+            "check": {"wrong": False},
+            "step": {"seconds": self.steps},
+        }
         return answers.get(do, {"peak_mib": 1.0})
 
 

@@ -250,8 +250,9 @@ def test_the_first_batch_is_checked(between):
     model = Between(between).to(D)
     capture = Capture(model)
     record_loss(compiled(model)[0](x(64, 6))).sum().backward()
+    capture.take(list(model.parameters()))
     with pytest.raises(NotImplementedError, match=r"'first\.weight' are not autograd's"):
-        capture.take(list(model.parameters()))
+        capture.check_first_batch()
 
 
 def test_a_right_first_batch_is_proved():
@@ -259,6 +260,7 @@ def test_a_right_first_batch_is_proved():
     capture = Capture(model)
     record_loss(compiled(model)[0](x(64, 6))).sum().backward()
     capture.take(list(model.parameters()))
+    capture.check_first_batch()
     assert capture.first_batch.proved == set(model.parameters()) and not capture.first_batch.waiting
 
 

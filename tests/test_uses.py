@@ -61,6 +61,7 @@ def test_gradients_of_all_uses_add_before_they_are_clipped(case: LayerCase, use:
     capture = Capture(model, plan=Plan(forced=dict.fromkeys(want, method)))
     record_loss(model(inputs)).sum().backward()
     found = capture.take([model.get_parameter(name) for name in want])
+    capture.check_first_batch()
     assert capture.first_batch.proved
     for (name, exact), gradient in zip(want.items(), found, strict=True):
         assert gradient is not None, name

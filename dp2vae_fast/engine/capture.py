@@ -163,6 +163,8 @@ class Capture:
     def take(self, parameters: Sequence[Tensor]) -> list[Gradient | None]:
         """Remove and return the gradients of ``parameters``; None for one that no record used.
 
+        Nothing may be made of them that is released before :meth:`check_first_batch` has passed.
+
         Raises:
             RuntimeError: what they are made from has been overwritten since the backward pass.
         """
@@ -174,7 +176,7 @@ class Capture:
                 "compiler, or replayed): do not compile it"
             )
         if self.first_batch.waiting and self.book.records and not changed:
-            self._check_first_batch()
+            self._weigh_first_batch()
         elif not self.first_batch.waiting:
             self.first_batch.wait_for(p for p in parameters if p in self.book.uses and p in self._names)
         found = self.drop(parameters)
@@ -189,19 +191,29 @@ class Capture:
             None if g is None else self.plan.realize(self.name_of(p), g) for p, g in zip(parameters, whole, strict=True)
         ]
 
-    def _check_first_batch(self) -> None:
-        """Compare the whole book with autograd, whichever part of it is asked for."""
+    def _weigh_first_batch(self) -> None:
+        """Prepare the check of the whole book, whichever part of it is asked for."""
         # By a plan of its own: it sees uses one by one, and what it settled would show in later batches whether this
         # one had been the first.
         plan = replace(self.plan)
         plan.prepare([(self.name_of(p), g) for p, uses in self.book.uses.items() for g in uses])
-        found = {
-            name: (p, [plan.realize(name, g) for g in self.book.uses.get(p, [])])
+        found = (
+            (name, p, [plan.realize(name, g) for g in self.book.uses.get(p, [])])
             for p, name in self._names.items()
             if p.requires_grad and p not in self.book.dropped
-        }
+        )
+        self.first_batch.weigh(found, self.book.records or 0, self.rows_per_record)
+
+    def check_first_batch(self) -> None:
+        """Compare the gradients last taken with autograd's, where they are to be checked.
+
+        For when they have been used up: the model is run again, and by then their memory is free.
+
+        Raises:
+            NotImplementedError: they are not autograd's.
+        """
         with self.calls.resting():
-            self.first_batch.check(found, self.book.records or 0, self.rows_per_record)
+            self.first_batch.compare()
 
     def drop(self, parameters: Sequence[Tensor]) -> list[list[Gradient] | None]:
         """Remove the gradients of ``parameters``, whatever has become of what they are made from."""

@@ -147,6 +147,7 @@ class DPOptimizer(OpacusDPOptimizer):
         """Clip the captured gradients and add them to the pending sum."""
         with full_precision(self.params), self._all_or_nothing():
             self._clip_and_accumulate()
+            self.capture.check_first_batch()
 
     def _clip_and_accumulate(self) -> None:
         records, params = self.capture.records, self.params

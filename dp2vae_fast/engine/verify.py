@@ -15,9 +15,10 @@ return (an attribute, a user's hook): autograd then finds less than was captured
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,27 @@ class Call:
     backprops: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Captured:
+    """A parameter's captured gradients: their weighted sum, None where there are none, and the length of all of them
+    together."""
+
+    name: str
+    parameter: Tensor
+    total: Tensor | None
+    size: float
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    """What is compared: the calls to run again, the weights of their rows, and the sums to be found."""
+
+    calls: list[Call]
+    rows: Tensor | None
+    records: int
+    captured: list[_Captured]
+
+
 class _CannotRepeat(Exception):
     """Why a call cannot be run again as it was."""
 
@@ -78,6 +100,7 @@ class FirstBatch:
         self._repeating: Call | None = None
         self._repeated: list[Any] = []
         self._refused = ""
+        self._weighed: _Weighed | None = None
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict, trainable: set[Tensor]) -> None:
         """An outermost call begins, under which ``trainable`` are the parameters with gradients."""
@@ -160,26 +183,22 @@ class FirstBatch:
             stacklevel=2,
         )
 
-    def check(self, found: Mapping[str, tuple[Tensor, Sequence[Gradient]]], records: int, rows_per_record: int) -> None:
-        """Compare; a batch with a record whose gradient is not finite is left to the next one.
+    def weigh(
+        self, found: Iterable[tuple[str, Tensor, Sequence[Gradient]]], records: int, rows_per_record: int
+    ) -> None:
+        """Sum the captured gradients with a random weight a record, for :meth:`compare`, when their memory is free.
+
+        A batch with a record whose gradient is not finite is left to the next one.
 
         Args:
-            found: ``{name: (parameter, its captured gradients, one entry a use)}``, of all trainable parameters.
+            found: name, parameter, its captured gradients, one entry a use, of all trainable parameters.
             records: N of the batch, at least 1.
-
-        Raises:
-            NotImplementedError: a parameter's gradients are not autograd's.
         """
         if self._refused:  # and somebody went on
             raise NotImplementedError(self._refused)
+        self._weighed = None
         calls, self._calls = self._calls, []
-        sizes = [sum((float(torch.stack(g.norm_sq()).sum()) for g in uses), 0.0) ** 0.5 for _, uses in found.values()]
         if not calls:
-            return
-        if not all(size < float("inf") for size in sizes):
-            self._attempts += 1
-            if self._attempts >= _ATTEMPTS:
-                self.give_up("every batch so far had a record whose gradient is not finite")
             return
         generator = torch.Generator().manual_seed(self._attempts)
         signs = (torch.randint(2, (records,), generator=generator) * 2 - 1) * (
@@ -195,36 +214,60 @@ class FirstBatch:
                     "not be noticed",
                     stacklevel=2,
                 )
-        parameters = [p for p, _ in found.values()]
-        want = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+        captured = []
+        for name, p, uses in found:
+            size = sum((float(torch.stack(g.norm_sq()).sum()) for g in uses), 0.0) ** 0.5
+            if not size < math.inf:
+                self._attempts += 1
+                if self._attempts >= _ATTEMPTS:
+                    self.give_up("every batch so far had a record whose gradient is not finite")
+                return
+            weights, total = signs.to(p.device), None
+            for g in uses:
+                total = _plus(total, g.weighted_sum(weights).to(_wide(p)))
+            captured.append(_Captured(name, p, total, size))
+        self._weighed = _Weighed(calls, rows, records, captured)
+
+    def compare(self) -> None:
+        """Compare what :meth:`weigh` left, if anything, with autograd's gradients.
+
+        Raises:
+            NotImplementedError: a parameter's gradients are not autograd's.
+        """
+        weighed, self._weighed = self._weighed, None
+        if weighed is None:
+            return
+        parameters = [c.parameter for c in weighed.captured]
+        want: list[Tensor | None] = [None] * len(parameters)
         coarse = False
         try:
-            for call in calls:
-                for total, gradient in zip(want, self._repeat(call, parameters, rows), strict=True):
-                    total += 0 if gradient is None else gradient
+            for call in weighed.calls:
+                for i, gradient in enumerate(self._repeat(call, parameters, weighed.rows)):
+                    want[i] = _plus(want[i], None if gradient is None else gradient.to(_wide(gradient)))
                 coarse |= call.autocast is not None
         except _CannotRepeat as reason:
             self.give_up(str(reason))
             return
-        whole = sum(size**2 for size in sizes) ** 0.5
-        for (name, (p, uses)), total, size in zip(found.items(), want, sizes, strict=True):
+        whole = math.hypot(*(c.size for c in weighed.captured))
+        for captured, total in zip(weighed.captured, want, strict=True):
+            p = captured.parameter
             share, floor = _COARSE if coarse else _AGREEMENT.get(p.dtype, _COARSE)
-            weights = signs.to(p.device)
-            distance = float((sum((g.weighted_sum(weights) for g in uses), torch.zeros_like(total)) - total).norm())
-            if not distance <= share * size + floor * whole:
+            off = _plus(captured.total, None if total is None else -total)
+            distance = 0.0 if off is None else float(off.norm())
+            if not distance <= share * captured.size + floor * whole:
                 self._refused = (
-                    f"the captured gradients of parameter {name!r} are not autograd's (off by {distance:.3g} of "
-                    f"{size:.3g}): the model reorders its rows, mixes records, uses the parameter where no hook sees "
-                    "it, or one of its layers works on something else than records. Let every layer have the batch "
-                    "as its first axis, register a rule with register_layer_rule, or freeze the parameter. (A loss on "
-                    "something that the model does not return looks the same: return it, or pass "
+                    f"the captured gradients of parameter {captured.name!r} are not autograd's (off by {distance:.3g} "
+                    f"of {captured.size:.3g}): the model reorders its rows, mixes records, uses the parameter where no "
+                    "hook sees it, or one of its layers works on something else than records. Let every layer have the "
+                    "batch as its first axis, register a rule with register_layer_rule, or freeze the parameter. (A "
+                    "loss on something that the model does not return looks the same: return it, or pass "
                     "verify_first_step=False)"
                 )
                 raise NotImplementedError(self._refused)
-            if size > floor * whole:
+            if captured.size > floor * whole:
                 self.proved.add(p)
         self._attempts += 1
-        self._records += records
+        self._records += weighed.records
         enough = self._records >= _ENOUGH and self.proved.issuperset(parameters)
         self.waiting = not enough and self._attempts < _ATTEMPTS
 
@@ -268,6 +311,15 @@ class FirstBatch:
         finally:
             self._repeating, self._repeated = None, []
         return [gradients.get(p) for p in parameters]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """``a + b``, where None is zero."""
+    return b if a is None else a if b is None else a + b
 
 
 def _device(inputs: Any) -> torch.device:
