@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dp2vae_fast import PrivacyEngine
+from dp2vae_fast.engine.products import LinearProduct
 
 D = torch.float64
 
@@ -102,6 +104,22 @@ def test_dropout_and_every_precision_pass(dtype: torch.dtype):
         record_loss(output.to(model[0].weight.dtype)).sum().backward()
         optimizer.step()
     assert optimizer.capture.first_batch.proved
+
+
+def test_what_the_gradients_were_made_from_is_gone_when_the_model_runs_again():
+    """The check takes an ordinary step's memory, and not that of the captured gradients with it."""
+    model = layers()
+    private, optimizer = privatize(model)
+    alive = []
+
+    def look(*_) -> None:
+        alive.append(sum(isinstance(x, LinearProduct) for x in gc.get_objects()))
+
+    model[0].register_forward_hook(look)
+    record_loss(private(batch(40))).sum().backward()
+    look()
+    optimizer.step()
+    assert alive == [0, 2, 0] and optimizer.capture.first_batch.proved
 
 
 def test_it_leaves_the_users_random_numbers_alone():
