@@ -52,8 +52,10 @@ def _in_parts(backprops: Tensor, activations: Tensor, factors: Tensor) -> Tensor
 
     def part(i: int, out: Tensor | None = None) -> Tensor:
         here = slice(i, i + RECORDS_PER_PART)
-        left = ops.widen(backprops[here]) * factors[here, None]
-        return torch.mm(left.T, activations[here].to(left.dtype), out=out)
+        left, right, weights = ops.widen(backprops[here]), ops.widen(activations[here]), factors[here, None]
+        left, right = (left * weights, right) if left.shape[1] < right.shape[1] else (left, right * weights)
+        dtype = torch.promote_types(left.dtype, right.dtype)
+        return torch.mm(left.T.to(dtype), right.to(dtype), out=out)
 
     total: Tensor | None = None
     for first in range(0, max(1, len(factors)), _ROWS):
