@@ -6,8 +6,8 @@
 Each point is a row as in ``bench_step.py``, gate included. A variant whose step took longer than ``--step-cap``
 seconds, or that did not get through a point, is not asked for the larger points of its axis, and the record says so.
 ``fixed`` is W1 at 1 to 8 records: the straight line through the medians meets a batch of none at the fixed cost of a
-step. ``capacity`` is the largest batch, within 5 %, for which the whole process stays under ``--cap`` GiB in its first two
-steps; each that is tried has a fresh process.
+step. ``capacity`` is the largest batch, within 5 %, for which the whole process stays under ``--cap`` GiB in its first
+two steps; each that is tried has a fresh process.
 """
 
 from __future__ import annotations
