@@ -150,7 +150,8 @@ class TracedCalls:
 
     def ended(self, ticket: int, outputs: Sequence[Tensor], tapped: Sequence[int]) -> None:
         if (first := self._call(ticket).first) is not None:
-            first.tapped, first.outputs = list(tapped), [x.clone() for x in outputs]
+            first.tapped = list(tapped)
+            self._capture.first_batch.know(first, outputs)
 
     def reported(
         self, layer: int, keys: Sequence[str], ticket: int, saved: Sequence[Tensor], backprops: Sequence[Tensor]

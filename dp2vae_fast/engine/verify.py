@@ -37,6 +37,7 @@ _COARSE = (0.2, 1e-2)  # float16 and bfloat16, autocast included
 _SAME = {torch.float64: 1e-8, torch.float32: 1e-4}  # how equal a second run must be, and otherwise 1e-2
 _ENOUGH = 32  # records
 _ATTEMPTS = 10  # batches that are checked at most
+_KNOWN_BY = 64  # rows of an output that a second run must give again
 
 
 @dataclass
@@ -50,7 +51,8 @@ class Call:
     random: dict[torch.device, Tensor]
     autocast: torch.dtype | None
     tapped: list[int] = field(default_factory=list)  # which leaves of the output
-    outputs: list[Tensor] = field(default_factory=list)  # as they were, to know them again
+    shapes: list[torch.Size] = field(default_factory=list)  # of these
+    outputs: list[Tensor] = field(default_factory=list)  # the first rows of them, to know them again
     backprops: list[Tensor] = field(default_factory=list)
 
 
@@ -134,7 +136,7 @@ class FirstBatch:
             if opaque := [x for x in leaves if not isinstance(x, Tensor | int | float | str | None)]:
                 self.give_up(f"{type(call.module).__name__} returns a {type(opaque[0]).__name__}")
             return None
-        call.outputs = [leaves[i].detach().clone() for i in call.tapped]
+        self.know(call, [leaves[i] for i in call.tapped])
 
         def report(_: tuple[Tensor, ...], backprops: tuple[Tensor, ...]) -> None:
             if self._taps.reaches_parameters():
@@ -143,6 +145,11 @@ class FirstBatch:
         for i, x in zip(call.tapped, self._taps.on([leaves[i] for i in call.tapped], [], report), strict=True):
             leaves[i] = x
         return structure.unflatten(leaves)
+
+    def know(self, call: Call, outputs: Sequence[Tensor]) -> None:
+        """What a second run must give again."""
+        call.shapes = [x.shape for x in outputs]
+        call.outputs = [self._first_rows(x.detach()).clone() for x in outputs]
 
     def arrived(self, call: Call, backprops: list[Tensor]) -> None:
         """The gradients of a call's outputs."""
@@ -205,7 +212,7 @@ class FirstBatch:
             0.5 + torch.rand(records, generator=generator)
         )
         rows = signs.repeat_interleave(rows_per_record)
-        if not all(x.dim() > self.axis and x.shape[self.axis] == len(rows) for call in calls for x in call.outputs):
+        if not all(len(s) > self.axis and s[self.axis] == len(rows) for call in calls for s in call.shapes):
             signs, rows = torch.ones(records), None
             if self._attempts == 0:
                 warnings.warn(
@@ -271,15 +278,44 @@ class FirstBatch:
         enough = self._records >= _ENOUGH and self.proved.issuperset(parameters)
         self.waiting = not enough and self._attempts < _ATTEMPTS
 
+    def _first_rows(self, x: Tensor) -> Tensor:
+        return x.narrow(self.axis, 0, min(_KNOWN_BY, x.shape[self.axis])) if x.dim() > self.axis else x
+
     def _repeat(self, call: Call, parameters: list[Tensor], rows: Tensor | None) -> list[Tensor | None]:
         """Autograd's gradients of ``parameters`` from one call, with its output gradients weighted by ``rows``."""
         used = [p for p in parameters if p in call.trainable]
         if not used:
             return [None] * len(parameters)
+        backprops, call.backprops = call.backprops, []
+        if rows is not None:
+            leading = [1] * self.axis
+            backprops = [
+                b * rows.to(b.device, b.dtype).reshape(*leading, -1, *[1] * (b.dim() - self.axis - 1))
+                for b in backprops
+            ]
+        found = None
+        with torch.random.fork_rng([d for d in call.random if d.type != "cpu"]):
+            for differentiate in (_by_grad, _by_backward):
+                outputs = self._run_again(call)
+                live = [(x, b) for x, b in zip(outputs, backprops, strict=True) if x.requires_grad]
+                del outputs
+                if (found := differentiate(live, used, call.trainable)) is not None:
+                    break
+        assert found is not None
+        gradients = dict(zip(used, found, strict=True))
+        return [gradients.get(p) for p in parameters]
+
+    def _run_again(self, call: Call) -> list[Tensor]:
+        """The tapped outputs of a second run, with their graph.
+
+        Raises:
+            _CannotRepeat: they are not those of the first.
+        """
+        name = type(call.module).__name__
         self._repeating, self._repeated = call, []
         try:
-            with torch.enable_grad(), torch.random.fork_rng([d for d in call.random if d.type != "cpu"]):
-                _set_random_states(call.random)
+            _set_random_states(call.random)
+            with torch.enable_grad():
                 try:
                     args, kwargs = tree_map(
                         lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs)
@@ -287,30 +323,24 @@ class FirstBatch:
                     with autocast_as(_device((args, kwargs)).type, call.autocast):
                         call.module(*args, **kwargs)
                 except Exception as error:
-                    raise _CannotRepeat(f"a second run of {type(call.module).__name__} raises {error!r}") from error
-                outputs = [x for i, x in enumerate(self._repeated) if i in call.tapped and isinstance(x, Tensor)]
-                if len(outputs) != len(call.tapped):
-                    raise _CannotRepeat(f"a second run of {type(call.module).__name__} returns something else")
-                for again, before in zip(outputs, call.outputs, strict=True):
-                    size = float(before.abs().max()) if before.numel() else 0.0
-                    same = 1e-2 if call.autocast else _SAME.get(before.dtype, 1e-2)
-                    if again.shape != before.shape or not torch.allclose(again, before, same, 0.1 * same * size, True):
-                        raise _CannotRepeat(
-                            f"a second run of {type(call.module).__name__} on the same inputs, from the same state of "
-                            "PyTorch's random numbers, gives something else"
-                        )
-                backprops = call.backprops
-                if rows is not None:
-                    leading = [1] * self.axis
-                    backprops = [
-                        b * rows.to(b.device, b.dtype).reshape(*leading, -1, *[1] * (b.dim() - self.axis - 1))
-                        for b in backprops
-                    ]
-                live = [(x, b) for x, b in zip(outputs, backprops, strict=True) if x.requires_grad]
-                gradients = dict(zip(used, _gradients(live, used, call.trainable), strict=True))
+                    raise _CannotRepeat(f"a second run of {name} raises {error!r}") from error
+            outputs = [x for i, x in enumerate(self._repeated) if i in call.tapped and isinstance(x, Tensor)]
         finally:
             self._repeating, self._repeated = None, []
-        return [gradients.get(p) for p in parameters]
+        if len(outputs) != len(call.tapped):
+            raise _CannotRepeat(f"a second run of {name} returns something else")
+        for again, shape, before in zip(outputs, call.shapes, call.outputs, strict=True):
+            size = float(before.abs().max()) if before.numel() else 0.0
+            same = 1e-2 if call.autocast else _SAME.get(before.dtype, 1e-2)
+            close = again.shape == shape and torch.allclose(
+                self._first_rows(again.detach()), before, same, 0.1 * same * size, True
+            )
+            if not close:
+                raise _CannotRepeat(
+                    f"a second run of {name} on the same inputs, from the same state of PyTorch's random numbers, "
+                    "gives something else"
+                )
+        return outputs
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -332,21 +362,27 @@ def _copy(x: Any) -> Any:
     return x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
 
 
-def _gradients(
+def _by_grad(
     outputs: list[tuple[Tensor, Tensor]], parameters: list[Tensor], trainable: set[Tensor]
-) -> Sequence[Tensor | None]:
-    """``torch.autograd.grad``, or an ordinary backward pass where reentrant checkpointing forbids that, or hides a
-    parameter from it. No ``.grad`` of the ``trainable`` parameters is changed."""
+) -> Sequence[Tensor | None] | None:
+    """None where reentrant checkpointing forbids this way, or may hide a parameter from it."""
     if not outputs:
         return [None] * len(parameters)
     tensors, backprops = zip(*outputs, strict=True)
     try:
-        found = torch.autograd.grad(tensors, parameters, backprops, allow_unused=True, retain_graph=True)
-        if all(gradient is not None for gradient in found):
-            return found
+        found = torch.autograd.grad(tensors, parameters, backprops, allow_unused=True)
     except RuntimeError as error:
         if "checkpoint" not in str(error).lower():
             raise
+        return None
+    return found if all(gradient is not None for gradient in found) else None
+
+
+def _by_backward(
+    outputs: list[tuple[Tensor, Tensor]], parameters: list[Tensor], trainable: set[Tensor]
+) -> Sequence[Tensor | None]:
+    """An ordinary backward pass, which changes no ``.grad`` of the ``trainable`` parameters."""
+    tensors, backprops = zip(*outputs, strict=True)
     before = {p: p.grad for p in trainable}
     try:
         for p in trainable:
