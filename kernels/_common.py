@@ -112,7 +112,7 @@ def positive_part(x):
 @triton.jit
 def tile_pair(k):
     """The k-th pair (i, j) of tiles, i <= j, in the order of j."""
-    j = ((tl.sqrt(8.0 * k.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    j = ((tl.sqrt_rn(8.0 * k.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     j = tl.where(j * (j + 1) // 2 > k, j - 1, j)  # the root was rounded
     j = tl.where((j + 1) * (j + 2) // 2 <= k, j + 1, j)
     return k - j * (j + 1) // 2, j

@@ -104,10 +104,10 @@ def combine_kernel(
     tl.store(parts + pid, tl.sum(tl.sum(twice * products * windows, 1), 0))
     if i == j:
         squares, window_squares = diagonal(products, rows, columns), diagonal(windows, rows, columns)
-        at = diagonals + matrix * tiles + i
-        tl.store(at, tl.sum(tl.sqrt_rn(squares) * tl.sqrt_rn(window_squares), 0))
-        tl.store(at + plane, tl.sum(squares, 0))
-        tl.store(at + 2 * plane, tl.sum(window_squares, 0))
+        place = diagonals + matrix * tiles + i
+        tl.store(place, tl.sum(tl.sqrt_rn(squares) * tl.sqrt_rn(window_squares), 0))
+        tl.store(place + plane, tl.sum(squares, 0))
+        tl.store(place + 2 * plane, tl.sum(window_squares, 0))
 
 
 @functools.lru_cache(maxsize=64)
