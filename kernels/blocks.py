@@ -35,6 +35,7 @@ _DEFAULT: dict[str, list[tuple[int, Options]]] = {
     "product mma": [(ANY, dict(BLOCK_P=64, BLOCK_D=128, BLOCK_T=32, num_warps=4, num_stages=3))],
     "reach": [(ANY, dict(BLOCK_T=16, BLOCK_K=128, num_warps=4))],
     "channels": [(16, dict(BLOCK_C=64, BLOCK_S=16, num_warps=4)), (ANY, dict(BLOCK_C=8, BLOCK_S=256, num_warps=4))],
+    "group_norm": [(ANY, dict(BLOCK=128, num_warps=4))],
     "layer_norm": [(1024, dict(ROWS=32, num_warps=4)), (ANY, dict(ROWS=32, num_warps=8))],
     "noise": [(ANY, dict(BLOCK=128, num_warps=4))],
 }
