@@ -150,7 +150,9 @@ def cases() -> list[Case]:
             call = lambda x=x, t=positions: norm._linear_norm_sq(x(4, t, 512), x(4, t, 256))  # noqa: E731
             found.append(Case(f"Gram, {positions} positions, {kind}", call, **how))
         indices = torch.zeros(4, 64, dtype=torch.int64)
-        found.append(Case(f"embedding, {kind}", lambda x=x, i=indices: norm._embedding_norm_sq(i, x(4, 64, 256), -1), **how))
+        found.append(
+            Case(f"embedding, {kind}", lambda x=x, i=indices: norm._embedding_norm_sq(i, x(4, 64, 256), -1), **how)
+        )
         conv = ([64, 128, 4, 4], [2, 2], [1, 1], [1, 1], 1, True)
         call = lambda x=x, c=conv: patch._conv_norm_sq(x(2, 64, 16, 16), x(2, 128, 32, 32), *c)  # noqa: E731
         found.append(Case(f"convolution, {kind}", call, **how))
@@ -180,7 +182,8 @@ def compile_all(names: list[str]) -> dict[str, dict[str, Compiled]]:
 
 if __name__ == "__main__":
     import time
-    t=time.time()
+
+    t = time.time()
     for label, row in compile_all(sys.argv[1:] or ["sm_90"]).items():
         print(label, {k: (v.cell(), v.flushes) for k, v in row.items()})
-    print(time.time()-t)
+    print(time.time() - t)

@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from dp2vae_fast.ops.norm import _gamma
 
-INTERPRETED: bool = triton.knobs.runtime.interpret  # as when the kernels are decorated, that is now
+INTERPRETED: bool = knobs.runtime.interpret  # as when the kernels are decorated, that is now
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TINY = torch.finfo(torch.float32).tiny
 # What a term of a sum loses on tensor cores, in units of 2^-24 an addition. They align the few products of one
@@ -97,10 +98,11 @@ def relative_error(depth: int, like: Tensor, *dots: Dot) -> float:
 
 
 def flat_rows(x: Tensor) -> Tensor:
-    """``x`` as ``[N, M]``, each record in the order of its memory: without a copy where it has no gaps."""
+    """``x`` as ``[N, M]``, each record in the order of its memory: without a copy where that has no gaps."""
     axes = sorted(range(1, x.dim()), key=lambda axis: x.stride(axis), reverse=True)
     ordered = x.permute(0, *axes)
-    return ordered.reshape(x.shape[0], ordered.shape[1:].numel())
+    rows = ordered.reshape(x.shape[0], ordered.shape[1:].numel())
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 @triton.jit

@@ -16,7 +16,10 @@ ANY = sys.maxsize
 
 _DEFAULT: dict[str, list[tuple[int, Options]]] = {
     "factors": [(ANY, dict(BLOCK=128, num_warps=4))],
-    "square_sums": [(4096, dict(BLOCK=512, CHUNK=4096, num_warps=4)), (ANY, dict(BLOCK=1024, CHUNK=16384, num_warps=4))],
+    "square_sums": [
+        (4096, dict(BLOCK=512, CHUNK=4096, num_warps=4)),
+        (ANY, dict(BLOCK=1024, CHUNK=16384, num_warps=4)),
+    ],
     "finish": [(ANY, dict(BLOCK=256, num_warps=4))],
     "one_position": [(1024, dict(BLOCK=256, num_warps=2)), (ANY, dict(BLOCK=1024, num_warps=4))],
     "gram ieee": [

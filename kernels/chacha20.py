@@ -10,20 +10,21 @@ import triton
 import triton.language as tl
 
 EXACT = dict(enable_fp_fusion=False)
+CHECKED = tl.constexpr(False)  # words wrap: an overflow is none
 
 
 @triton.jit
 def quarter_round(a, b, c, d):
-    a = tl.add(a, b, sanitize_overflow=False)  # words wrap
+    a = tl.add(a, b, sanitize_overflow=CHECKED)
     d = d ^ a
     d = (d << 16) | (d >> 16)
-    c = tl.add(c, d, sanitize_overflow=False)
+    c = tl.add(c, d, sanitize_overflow=CHECKED)
     b = b ^ c
     b = (b << 12) | (b >> 20)
-    a = tl.add(a, b, sanitize_overflow=False)
+    a = tl.add(a, b, sanitize_overflow=CHECKED)
     d = d ^ a
     d = (d << 8) | (d >> 24)
-    c = tl.add(c, d, sanitize_overflow=False)
+    c = tl.add(c, d, sanitize_overflow=CHECKED)
     b = b ^ c
     b = (b << 7) | (b >> 25)
     return a, b, c, d
@@ -31,7 +32,7 @@ def quarter_round(a, b, c, d):
 
 @triton.jit
 def wrapping_add(x, y):
-    return tl.add(x, y, sanitize_overflow=False)
+    return tl.add(x, y, sanitize_overflow=CHECKED)
 
 
 @triton.jit

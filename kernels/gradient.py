@@ -159,22 +159,23 @@ class _Product(NamedTuple):
     groups: int
     convolution: bool
 
-    @property
-    def arguments(self) -> tuple[object, ...]:
+    def arguments(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...], tuple[int, int, int]]:
+        """What both kernels take: operands, then sizes and steps; and (positions, rows, columns)."""
         plain, spread = self.plain, self.spread
         rows, channels = plain.shape[1] // self.groups, spread.shape[1] // self.groups
         taps = 1 if self.pixel_at is None else self.pixel_at.shape[0]
         plain_steps = (plain.stride(0), rows * plain.stride(1), plain.stride(1), plain.stride(2))
         spread_steps = (spread.stride(0), channels * spread.stride(1), spread.stride(1), spread.stride(2))
         pixel_at = plain if self.pixel_at is None else self.pixel_at
-        sizes = (plain.shape[2], rows, channels * taps, channels, self.groups)
-        return (plain, spread, pixel_at), (*sizes, *plain_steps, *spread_steps), sizes
+        sizes = (plain.shape[2], rows, channels * taps)
+        return (plain, spread, pixel_at), (*sizes, channels, self.groups, *plain_steps, *spread_steps), sizes
 
 
 def _formed(product: _Product, values: Tensor | None) -> tuple[Tensor, Tensor]:
     """Squared norms and errors; the gradients go to ``values`` where that is given."""
     plain, spread, *_ = product
-    operands, numbers, (positions, rows, columns, _, groups) = product.arguments
+    operands, numbers, (positions, rows, columns) = product.arguments()
+    groups = product.groups
     dot = Dot(
         plain if plain.dtype == torch.float32 else spread, product.convolution, upcast=plain.dtype != spread.dtype
     )
@@ -209,7 +210,7 @@ def _formed(product: _Product, values: Tensor | None) -> tuple[Tensor, Tensor]:
     tiles = math.ceil(positions / options["BLOCK_T"])
     plane = records * groups * tiles
     diagonals = plain.new_empty(3 * plane, dtype=torch.float32)
-    launch(reach_kernel, plane, plain, *operands[:3], diagonals, *numbers, tiles, plane, WINDOWS=windows, **options)
+    launch(reach_kernel, plane, plain, *operands, diagonals, *numbers, tiles, plane, WINDOWS=windows, **options)
     sizes = (groups, pieces, tiles, plane)
     launch(finish_gram_kernel, records, plain, parts, diagonals, norm_sq, error, *sizes, *bounds, **final)
     return norm_sq, error
@@ -263,7 +264,9 @@ def _supports_linear(activations: Tensor, backprops: Tensor) -> bool | str:
 
 
 def _supports_convolution(activations: Tensor, backprops: Tensor, *_: object, **__: object) -> bool | str:
-    reach = max(sum((s - 1) * t for s, t in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in (activations, backprops))
+    reach = max(
+        sum((s - 1) * t for s, t in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in (activations, backprops)
+    )
     if reach >= 1 << 31:
         return "a record spans 2^31 elements"
     return _supports_linear(activations, backprops)

@@ -23,7 +23,7 @@ def gram_tile(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``<x_t, x_t'>`` for the positions t that begin at ``row_at`` and t' at ``column_at``; SAME: these are the same."""
+    """``<x_t, x_t'>`` for positions t that begin at ``row_at`` and t' at ``column_at``; SAME: both are."""
     total = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
     for first in range(0, features, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)

@@ -17,7 +17,7 @@ from torch import Tensor
 from dp2vae_fast.ops import noise
 
 from . import blocks
-from ._common import DTYPES, launch, takes
+from ._common import DTYPES, INTERPRETED, launch, takes
 from .chacha20 import EXACT, chacha20, normals
 
 # These change from call to call, and a kernel must not be compiled anew for a value that happens to be 1.
@@ -171,16 +171,18 @@ def _draw(
         launch(kernel, programs, tensors[0], *tensors, key, step, n, *nonce, *scalars, **flags, **options)
 
 
-def _on_one_device(key: Tensor, step: Tensor, *lists: list[Tensor], narrow: bool = False) -> bool | str:
+def _takes_lists(key: Tensor, step: Tensor, *lists: list[Tensor], narrow: bool = False) -> bool | str:
     """Whether the kernels take these parallel lists; if not, why not."""
-    for tensors in zip(*lists, strict=True):
+    for i, tensors in enumerate(zip(*lists, strict=True)):
         if any(x.device != key.device for x in (step, *tensors)):
             return "key, step and tensors are on several devices"
         if not all(x.is_contiguous() for x in tensors):
-            return "a tensor is not contiguous"
+            return f"tensor {i} is not contiguous"
         verdict = takes(*tensors, dtypes=DTYPES if narrow else (torch.float32,))
         if verdict is not True:
             return verdict
+        if INTERPRETED and tensors[0].dtype == torch.bfloat16:
+            return "Triton's interpreter cuts numbers off to bfloat16, where a GPU rounds them"
     return True
 
 
@@ -202,7 +204,7 @@ def _supports_add(
     tensors: list[Tensor], key: Tensor, step: Tensor, mechanism: int, indices: list[int], std: float
 ) -> bool | str:
     noise._native_add_noise(tensors, key, step, mechanism, indices, std)
-    return _on_one_device(key, step, tensors, narrow=True)
+    return _takes_lists(key, step, tensors, narrow=True)
 
 
 @noise.add_noise_.register("triton", supports=_supports_add)
@@ -228,7 +230,7 @@ def _supports_sgd(
     **_named_settings: float,
 ) -> bool | str:
     noise._native_noise_sgd(params, sums, momentum_buffers, key, step, mechanism, indices, std, scale, lr, momentum)
-    return _on_one_device(key, step, params, sums, *[momentum_buffers] * bool(momentum_buffers))
+    return _takes_lists(key, step, params, sums, *[momentum_buffers] * bool(momentum_buffers))
 
 
 @noise.noise_sgd_.register("triton", supports=_supports_sgd)
@@ -276,7 +278,7 @@ def _supports_adam(
     noise._native_noise_adam(
         *lists, max_exp_avg_sqs, key, step, mechanism, indices, std, scale, optimizer_step, *_settings
     )
-    return _on_one_device(key, step, *lists, *[max_exp_avg_sqs] * bool(max_exp_avg_sqs))
+    return _takes_lists(key, step, *lists, *[max_exp_avg_sqs] * bool(max_exp_avg_sqs))
 
 
 @noise.noise_adam_.register("triton", supports=_supports_adam)

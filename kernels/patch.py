@@ -150,7 +150,9 @@ def _by_phase(spread: Tensor, stride: list[int], used: list[int]) -> Tensor:
     """
     if all(s == 1 for s in stride):
         return spread.flatten(2).unsqueeze(2)
-    spread = F.pad(spread, [q for size, s in zip(spread.shape[:1:-1], stride[::-1], strict=True) for q in (0, -size % s)])
+    spread = F.pad(
+        spread, [q for size, s in zip(spread.shape[:1:-1], stride[::-1], strict=True) for q in (0, -size % s)]
+    )
     for axis, s in enumerate(stride):
         spread = spread.unflatten(2 + 2 * axis, (-1, s))
     dims = len(stride)
@@ -174,9 +176,7 @@ def _gram(x: Tensor, groups: int, dot: Dot) -> Tensor:
     return grams
 
 
-def _supports(
-    activations: Tensor, backprops: Tensor, weight_shape: list[int], *_: object, **__: object
-) -> bool | str:
+def _supports(activations: Tensor, backprops: Tensor, weight_shape: list[int], *_: object, **__: object) -> bool | str:
     if 0 in (*activations.shape[1:], *backprops.shape[1:]):
         return "an operand is empty"
     return takes(activations, backprops)
