@@ -1,36 +1,41 @@
-"""``python benchmarks/compile_kernels.py``: compile every Triton kernel for GPUs that need not be present.
+"""Compile every Triton kernel for GPUs that need not be present, and look at what came out.
 
-The launchers run on small tensors with Triton's driver replaced by one that names an architecture and launches
-nothing, so that what is compiled is what the JIT would compile for the same call. Each result must keep its registers
-(no spills) and its shared memory within what a block may have, must multiply on the tensor cores where its operands
-allow it, and must not flush small numbers to zero. ``--write`` puts the table into docs/kernels.md.
+    python benchmarks/compile_kernels.py [--write] [ARCHITECTURE...]
+
+The launchers run on small CPU tensors with Triton's driver replaced by one that names an architecture and launches
+nothing: what is compiled is what the JIT would compile for the same call. Every result must do without spills, keep its
+shared memory within what a block may have, multiply on the tensor cores where its operands allow it, flush no small
+number to zero, and contract nothing where its normals must be those of the other backends. ``--write`` makes
+``results/kernels.json``, which ``report.py`` puts into docs/kernels.md.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: interpreted functions do not compile
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: interpreted functions do not compile
 
 import argparse
+import inspect
+import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import dp2vae_fast.kernels as kernels
 import torch
 import triton
+from dp2vae_fast.kernels import _common, affine, blocks, clip, gradient, noise, norm, patch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from dp2vae_fast.kernels import _common, blocks, clip, noise, norm, patch
-
-PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
+RECORD = Path(__file__).parent / "results" / "kernels.json"
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,68 +44,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a block
-MMA = {"cuda": r"\b(U?[HQ]G?MMA|UTC\w*MMA)\b", "hip": r"\bv_s?mfma\w*"}
-SPILL = {"cuda": r"\b(LDL|STL)\b", "hip": r"\bscratch_(load|store)\w*"}
-
-
-class NoDriver:
-    """Stands in for Triton's driver: every architecture is a device, and there is no stream."""
-
-    target = "sm_90"
-
-    def get_current_device(self) -> str:
-        return self.target
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.target]
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What became of one launch."""
-
-    kernel: str
-    registers: int
-    shared: int
-    spills: int
-    mma: str
-    flushes: int
-
-    def cell(self) -> str:
-        spills = f", {self.spills} spills" if self.spills else ""
-        return f"{self.registers}, {self.shared}{spills}" + (f", {self.mma}" if self.mma else "")
-
-
-def disassembled(compiled: Any) -> tuple[str, int]:
-    """Machine code as text, and registers a thread."""
-    if "cubin" not in compiled.asm:
-        text = compiled.asm["amdgcn"]
-        return text, int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[-1])
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text, usage = (
-            subprocess.run([BIN / "cuobjdump", how, file.name], capture_output=True, text=True, check=True).stdout
-            for how in ("-sass", "-res-usage")
-        )
-    return text, int(re.findall(r"REG:(\d+)", usage)[0])
-
-
-def described(compiled: Any, backend: str) -> Compiled:
-    code, registers = disassembled(compiled)
-    found = re.findall(MMA[backend], code)
-    flushes = len(re.findall(r"\b(?:mul|add|fma|sqrt|div)\.\S*ftz\S*", compiled.asm.get("ptx", "")))
-    return Compiled(
-        compiled.metadata.name,
-        registers,
-        compiled.metadata.shared,
-        len(re.findall(SPILL[backend], code)),
-        max(set(found), key=found.count) if found else "",
-        flushes,
-    )
 
 
 @dataclass(frozen=True)
@@ -113,77 +56,160 @@ class Case:
     tf32: bool = False
 
 
-def cases() -> list[Case]:
-    """The fewest that reach every kernel and every row of the table of block sizes."""
-    found: list[Case] = []
+def cases() -> Iterator[Case]:
+    """The fewest that reach every kernel and every row of products in the table of block sizes."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype)
 
-    step, key = torch.tensor(3), torch.zeros(8, dtype=torch.int32)
-    draw = (key, step, 0, [1], 1.0)
-    lists = [[empty(4096)] for _ in range(5)]
-    sgd = (0.5, 0.1, 0.9, 0.0, 0.1, False, False, False)
-    adam = (0.5, 3, 0.1, 0.9, 0.999, 1e-8, 0.1)
-    found += [
-        Case("clip factors", lambda: clip._clip_factors(empty(16, 256), empty(16, 256), 1.0)),
-        Case("random words", lambda: noise._random_words(key, step, 0, 0, 1, 4096)),
-        Case("add noise, fp32", lambda: noise._add_noise(lists[0], *draw)),
-        Case("noise and SGD", lambda: noise._noise_sgd(*lists[:3], *draw, *sgd)),
-        Case("noise and AdamW", lambda: noise._noise_adam(*lists[:4], [], *draw, *adam, True, False)),
-        Case("noise and Adam, amsgrad", lambda: noise._noise_adam(*lists, *draw, *adam, False, False)),
-    ]
-    for kind, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16, "tf32": torch.float32}.items():
-        how = dict(mma=kind != "fp32", tf32=kind == "tf32")
+    key, step, lists = torch.zeros(8, dtype=torch.int32), torch.tensor(3), [[empty(4096)] for _ in range(5)]
+    draw, adam = (key, step, 0, [1], 1.0), (0.5, 3, 0.1, 0.9, 0.999, 1e-8, 0.1)
+    yield Case("16 layers", lambda: clip._clip_factors(empty(16, 256), empty(16, 256), 1.0))
+    yield Case("words", lambda: noise._random_words(key, step, 0, 0, 1, 4096))
+    yield Case("fp32", lambda: noise._add_noise(lists[0], *draw))
+    yield Case("momentum", lambda: noise._noise_sgd(*lists[:3], *draw, 0.5, 0.1, 0.9, 0.0, 0.1, False, False, False))
+    yield Case("AdamW", lambda: noise._noise_adam(*lists[:4], [], *draw, *adam, True, False))
+    yield Case("Adam, amsgrad", lambda: noise._noise_adam(*lists, *draw, *adam, False, False))
+    for kind, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
 
         def x(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return empty(*shape, dtype=dtype)
 
-        if kind != "tf32":
-            found += [
-                Case(f"formed rows, {kind}", lambda x=x: norm._grad_sample_norm_sq(x(4, 65536))),
-                Case(f"Gram, 1 position, {kind}", lambda x=x: norm._linear_norm_sq(x(4, 1, 512), x(4, 1, 2048))),
-            ]
-        for positions in (16, 32, 64, 256):
-            if kind == "tf32" and positions < 64:
-                continue
-            call = lambda x=x, t=positions: norm._linear_norm_sq(x(4, t, 512), x(4, t, 256))  # noqa: E731
-            found.append(Case(f"Gram, {positions} positions, {kind}", call, **how))
-        indices = torch.zeros(4, 64, dtype=torch.int64)
-        found.append(
-            Case(f"embedding, {kind}", lambda x=x, i=indices: norm._embedding_norm_sq(i, x(4, 64, 256), -1), **how)
+        yield Case(kind, lambda x=x: norm._grad_sample_norm_sq(x(4, 65536)))
+        yield Case(f"{kind}, 1 position", lambda x=x: norm._linear_norm_sq(x(4, 1, 512), x(4, 1, 2048)))
+        yield Case(f"{kind}, 256 sites", lambda x=x: affine._group_norm(x(4, 64, 256), x(4, 64, 256), 8, 1e-5))
+        yield Case(f"{kind}, 16 sites", lambda x=x: affine._group_norm(x(4, 64, 16), x(4, 64, 16), 8, 1e-5))
+        yield Case(f"{kind}, 512", lambda x=x: affine._layer_norm(x(4, 64, 512), x(4, 64, 512), False, 1e-5))
+        yield Case(f"{kind}, 8192", lambda x=x: affine._layer_norm(x(4, 64, 8192), x(4, 64, 8192), True, 1e-5))
+    indices = torch.zeros(4, 64, dtype=torch.int64)
+    conv = ([64, 128, 4, 4], [2, 2], [1, 1], [1, 1], 1, True)
+    for kind, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16, "tf32": torch.float32}.items():
+        a, b, few = (empty(2, *shape, dtype=dtype) for shape in ((256, 512), (256, 128), (64, 512)))
+        image, output = empty(2, 64, 16, 16, dtype=dtype), empty(2, 128, 32, 32, dtype=dtype)
+        how = dict(mma=kind != "fp32", tf32=kind == "tf32")
+        lengths = (256,) if kind == "tf32" else (16, 32, 64, 256)
+        for t in lengths:
+            call = lambda a=a, b=b, t=t: norm._linear_norm_sq(a[:, :t], b[:, :t])  # noqa: E731
+            yield Case(f"{kind}, {t} positions", call, **how)
+        yield Case(kind, lambda b=few: norm._embedding_norm_sq(indices, b, -1), **how)
+        yield Case(kind, lambda a=a, b=b: gradient._linear_direct_norm_sq(a, b), **how)
+        yield Case(f"{kind}, windows", lambda x=image, y=output: patch._conv_norm_sq(x, y, *conv), **how)
+        yield Case(f"{kind}, windows", lambda x=image, y=output: gradient._conv_kept(x, y, *conv), **how)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of one launch."""
+
+    kernel: str
+    case: str
+    architecture: str
+    registers: int
+    shared: int
+    stack: int
+    mma: str
+
+    def faults(self, case: Case, products: bool, ptx: str, contracts: bool) -> Iterator[str]:
+        if self.stack:
+            yield f"{self.stack} bytes a thread on the stack: registers are spilled"
+        if self.shared > SHARED_LIMIT[self.architecture]:
+            yield f"{self.shared} bytes of shared memory, more than {SHARED_LIMIT[self.architecture]}"
+        if case.mma and products and not self.mma:
+            yield "no product on the tensor cores"
+        if re.search(r"\b(?:mul|add|sub|fma|sqrt|div)\.\S*ftz", ptx):
+            yield "small numbers are flushed to zero"
+        if not contracts and re.search(r"\bfma\.rn\.f32\b|\b(?:mul|add|sub)\.f32\b", ptx):
+            yield "multiplications and additions are, or may be, contracted"
+
+
+def cuobjdump(how: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([BIN / "cuobjdump", how, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def examined(compiled: Any, case: Case, architecture: str) -> tuple[Compiled, list[str]]:
+    """What is recorded of a compiled kernel, and what is wrong with it."""
+    has_dot = "tt.dot" in compiled.asm["ttir"]
+    if "cubin" in compiled.asm:
+        usage = cuobjdump("-res-usage", compiled.asm["cubin"])
+        registers, stack = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK"))
+        code = cuobjdump("-sass", compiled.asm["cubin"]) if has_dot else ""  # it takes half a second
+        products = re.findall(r"\b(?:H|HG|UTC\w*)MMA\b", code)
+    else:
+        code = compiled.asm["amdgcn"]
+        registers, stack = (
+            int(re.findall(rf"{what}:\s+(\d+)", code)[-1])
+            for what in (r"\.vgpr_count", r"\.private_segment_fixed_size")
         )
-        conv = ([64, 128, 4, 4], [2, 2], [1, 1], [1, 1], 1, True)
-        call = lambda x=x, c=conv: patch._conv_norm_sq(x(2, 64, 16, 16), x(2, 128, 32, 32), *c)  # noqa: E731
-        found.append(Case(f"convolution, {kind}", call, **how))
-    return found
+        products = ["MFMA"] * len(re.findall(r"\bv_mfma_f32", code))
+    products_by = max(sorted(set(products)), key=products.count, default="")
+    name, shared = compiled.metadata.name.removesuffix("_kernel"), compiled.metadata.shared
+    result = Compiled(name, case.name, architecture, registers, shared, stack, products_by)
+    contracts = compiled.metadata.enable_fp_fusion
+    return result, list(result.faults(case, has_dot, compiled.asm.get("ptx", ""), contracts))
 
 
-def compile_all(names: list[str]) -> dict[str, dict[str, Compiled]]:
-    """``{kernel and case: {architecture: result}}``."""
-    driver, results, launched = NoDriver(), {}, []
+class NoDriver:
+    """Stands in for Triton's driver: every architecture is a device, and there is no stream."""
+
+    target = ""
+
+    def get_current_device(self) -> str:
+        return self.target
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.target]
+
+
+def compile_all(architectures: list[str]) -> tuple[list[Compiled], list[str]]:
+    """Everything that the cases launch, once for each architecture, and what is wrong."""
+    results, faults, launched, driver, run = [], [], [], NoDriver(), JITFunction.run
     triton.runtime.driver.set_active(driver)
-    run = JITFunction.run
     JITFunction.run = lambda self, *a, grid, warmup, **k: launched.append(run(self, *a, grid=grid, warmup=True, **k))
-    for name in names:
-        driver.target = name
-        blocks.architecture = lambda like, name=name: name
+    for driver.target in architectures:
+        blocks.architecture = lambda like: driver.target
+        seen = set()
         for case in cases():
             _common.tf32_allowed = lambda like, convolution, case=case: case.tf32
             launched.clear()
             case.call()
-            for compiled in dict.fromkeys(launched):
-                result = described(compiled, TARGETS[name].backend)
-                label = f"{result.kernel.removesuffix('_kernel')} ({case.name})"
-                results.setdefault(label, {})[name] = result
+            for compiled in launched:
+                if compiled.hash not in seen:
+                    seen.add(compiled.hash)
+                    result, wrong = examined(compiled, case, driver.target)
+                    results.append(result)
+                    faults += [f"{result.kernel} ({case.name}) for {driver.target}: {what}" for what in wrong]
     JITFunction.run = run
-    return results
+    missing = all_kernels() - {f"{result.kernel}_kernel" for result in results}
+    return results, faults + [f"{name} is launched by no case" for name in sorted(missing)]
+
+
+def all_kernels() -> set[str]:
+    rooms = [vars(module).values() for _, module in inspect.getmembers(kernels, inspect.ismodule)]
+    names = {x.__name__ for room in rooms for x in room if isinstance(x, JITFunction)}
+    return {name for name in names if name.endswith("_kernel")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("architectures", nargs="*", metavar="ARCHITECTURE", help=f"of {', '.join(TARGETS)}; all")
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    architectures = arguments.architectures or list(TARGETS)
+    results, faults = compile_all(architectures)
+    if faults:
+        sys.exit("\n".join(faults))
+    print(f"{len(results)} kernels compiled for {', '.join(architectures)}: no faults")
+    if arguments.write:
+        RECORD.write_text(
+            json.dumps(dict(triton=triton.__version__, rows=[asdict(r) for r in results]), indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
-    import time
-
-    t = time.time()
-    for label, row in compile_all(sys.argv[1:] or ["sm_90"]).items():
-        print(label, {k: (v.cell(), v.flushes) for k, v in row.items()})
-    print(time.time() - t)
+    main()

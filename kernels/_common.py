@@ -61,25 +61,21 @@ class Dot:
     def __init__(self, x: Tensor, convolution: bool = False, upcast: bool = False) -> None:
         # The interpreter multiplies the bits of bfloat16 as if they were integers.
         self.upcast = upcast or (INTERPRETED and x.dtype == torch.bfloat16)
-        wide = self.upcast or x.dtype == torch.float32
-        tf32 = wide and x.dtype == torch.float32 and tf32_allowed(x, convolution)
+        tf32 = x.dtype == torch.float32 and tf32_allowed(x, convolution)
         self.precision = "tf32" if tf32 else "ieee"
-        self.mma = tf32 or not wide
+        wide = self.upcast or x.dtype == torch.float32
+        self.kind = "tf32" if tf32 else "ieee" if wide else "narrow"  # of the rows of `blocks`
+        self.mma = self.kind != "ieee" or torch.version.hip is not None  # AMD's matrix cores take float32 too
         self.cut = _TF32_CUT if tf32 else 0.0
-
-    @property
-    def kind(self) -> str:
-        """Of the rows of :mod:`.blocks`."""
-        return "mma" if self.mma else "ieee"
 
     def depth(self, length: int) -> int:
         """Roundings, in units of 2^-24, that a term of a sum of ``length`` products passes through at most."""
         return length * (_MMA_ROUNDINGS if self.mma else 1)
 
 
-def slower(*dots: Dot) -> str:
+def slowest(*dots: Dot) -> str:
     """The kind of a kernel that forms several products."""
-    return "mma" if all(dot.mma for dot in dots) else "ieee"
+    return min((dot.kind for dot in dots), key=("ieee", "tf32", "narrow").index)
 
 
 def sum_depth(length: int, lanes: int) -> int:

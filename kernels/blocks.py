@@ -1,7 +1,8 @@
 """Block sizes and launch options of the kernels, by GPU architecture: plain data, to be replaced by measured values.
 
 An entry of a kernel is a list of (largest size that it is for, options), in ascending order; what the size is, each
-kernel says. ``ieee`` rows multiply float32 on the ordinary cores, ``mma`` rows use the tensor cores.
+kernel says. Products have a row for each way to multiply: ``ieee``, float32 on the ordinary cores; ``tf32`` and
+``narrow`` (float16, bfloat16) on the tensor cores.
 """
 
 from __future__ import annotations
@@ -27,15 +28,22 @@ _DEFAULT: dict[str, list[tuple[int, Options]]] = {
         (32, dict(BLOCK_T=32, BLOCK_K=32, num_warps=4, num_stages=3)),
         (ANY, dict(BLOCK_T=64, BLOCK_K=32, num_warps=8, num_stages=3)),
     ],
-    "gram mma": [
+    "gram tf32": [
+        (16, dict(BLOCK_T=16, BLOCK_K=64, num_warps=2, num_stages=3)),
+        (32, dict(BLOCK_T=32, BLOCK_K=32, num_warps=4, num_stages=3)),
+        (64, dict(BLOCK_T=64, BLOCK_K=32, num_warps=4, num_stages=3)),
+        (ANY, dict(BLOCK_T=128, BLOCK_K=32, num_warps=8, num_stages=3)),
+    ],
+    "gram narrow": [
         (16, dict(BLOCK_T=16, BLOCK_K=128, num_warps=2, num_stages=3)),
-        (32, dict(BLOCK_T=32, BLOCK_K=64, num_warps=4, num_stages=3)),
+        (32, dict(BLOCK_T=32, BLOCK_K=128, num_warps=4, num_stages=3)),
         (64, dict(BLOCK_T=64, BLOCK_K=64, num_warps=4, num_stages=3)),
         (ANY, dict(BLOCK_T=128, BLOCK_K=64, num_warps=8, num_stages=3)),
     ],
     "combine": [(ANY, dict(BLOCK_T=32, num_warps=4))],
     "product ieee": [(ANY, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=8, num_stages=3))],
-    "product mma": [(ANY, dict(BLOCK_P=64, BLOCK_D=128, BLOCK_T=32, num_warps=4, num_stages=3))],
+    "product tf32": [(ANY, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=32, num_warps=8, num_stages=3))],
+    "product narrow": [(ANY, dict(BLOCK_P=64, BLOCK_D=128, BLOCK_T=64, num_warps=8, num_stages=3))],
     "reach": [(ANY, dict(BLOCK_T=16, BLOCK_K=128, num_warps=4))],
     "channels": [(16, dict(BLOCK_C=64, BLOCK_S=16, num_warps=4)), (ANY, dict(BLOCK_C=8, BLOCK_S=256, num_warps=4))],
     "group_norm": [(ANY, dict(BLOCK=128, num_warps=4))],

@@ -28,7 +28,7 @@ from dp2vae_fast.ops.norm import product_depth
 
 from . import blocks
 from ._common import TINY, Dot, launch, relative_error, sum_depth, takes
-from .gram import finish_gram_kernel, finish_kernel
+from .gram import finish_gram_kernel, finish_kernel, matrix_sum
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def product_kernel(
     if KEEP:
         to = values + (matrix * rows + row.to(tl.int64))[:, None] * columns + column[None, :]
         tl.store(to, total, mask=(row < rows)[:, None] & (column < columns)[None, :])
-    tl.store(parts + pid, tl.sum(tl.sum(total * total, 1), 0))
+    tl.store(parts + pid, matrix_sum(total * total))
 
 
 @triton.jit

@@ -20,8 +20,8 @@ from torch import Tensor
 from dp2vae_fast.ops.norm import embedding_norm_sq, grad_sample_norm_sq, linear_norm_sq, product_depth
 
 from . import blocks
-from ._common import TINY, Dot, flat_rows, launch, relative_error, slower, sum_depth, takes, tile_pair
-from .gram import diagonal, finish_gram_kernel, finish_kernel, gram_tile, store_norm
+from ._common import TINY, Dot, flat_rows, launch, relative_error, slowest, sum_depth, takes, tile_pair
+from .gram import diagonal, finish_gram_kernel, finish_kernel, gram_tile, matrix_sum, store_norm, vector_sum
 
 
 @triton.jit
@@ -139,13 +139,13 @@ def linear_gram_kernel(
         *(row * b_position, column * b_position, rows < positions, columns < positions, b_feature, features_b),
         *(SINGLE, UPCAST_B, PRECISION, BLOCK_T, BLOCK_K),
     )
-    total = tl.sum(tl.sum(gram_a * gram_b, 1), 0)
+    total = matrix_sum(gram_a * gram_b)
     if i == j:
         squares_a = diagonal(gram_a, rows, columns)
         squares_b = diagonal(gram_b, rows, columns)
-        root = tl.sum(tl.sqrt_rn(squares_a) * tl.sqrt_rn(squares_b), 0)
-        square_a = tl.sum(squares_a, 0)
-        square_b = tl.sum(squares_b, 0)
+        root = vector_sum(tl.sqrt_rn(squares_a) * tl.sqrt_rn(squares_b))
+        square_a = vector_sum(squares_a)
+        square_b = vector_sum(squares_b)
         if SINGLE:
             store_norm(norm_sq, error, n, total, root * root, square_a + square_b, gamma, lost)
         else:
@@ -181,7 +181,7 @@ def _linear_norm_sq(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Ten
         )
         return norm_sq, error
     dots = Dot(a), Dot(b)
-    options, final = blocks.choose(f"gram {slower(*dots)}", a, positions), blocks.choose("finish", a)
+    options, final = blocks.choose(f"gram {slowest(*dots)}", a, positions), blocks.choose("finish", a)
     tile = options["BLOCK_T"]
     tiles = max(1, math.ceil(positions / tile))
     pieces = tiles * (tiles + 1) // 2
@@ -257,8 +257,8 @@ def embedding_kernel(
         column_square += tl.sum(y * y, 1)
     lengths = tl.sqrt_rn(row_square)[:, None] * tl.sqrt_rn(column_square)[None, :]
     twice = tl.where(i == j, 1.0, 2.0)
-    tl.store(parts + pid, twice * tl.sum(tl.sum(tl.where(same, gram, 0.0), 1), 0))
-    tl.store(reaches + pid, twice * tl.sum(tl.sum(tl.where(same, lengths, 0.0), 1), 0))
+    tl.store(parts + pid, twice * matrix_sum(tl.where(same, gram, 0.0)))
+    tl.store(reaches + pid, twice * matrix_sum(tl.where(same, lengths, 0.0)))
 
 
 def _supports_embedding(indices: Tensor, backprops: Tensor, padding_idx: int) -> bool | str:

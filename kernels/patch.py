@@ -22,7 +22,7 @@ from dp2vae_fast.ops.norm import conv_norm_sq, linear_norm_sq, product_depth
 
 from . import blocks
 from ._common import TINY, Dot, launch, relative_error, sum_depth, takes, tile_pair
-from .gram import diagonal, finish_gram_kernel, gram_tile
+from .gram import diagonal, finish_gram_kernel, gram_tile, matrix_sum, vector_sum
 
 _SCRATCH = 1 << 26  # numbers of Gram matrices held at a time
 
@@ -101,13 +101,13 @@ def combine_kernel(
     at = plain + matrix * positions * positions + rows.to(tl.int64)[:, None] * positions + columns[None, :]
     products = tl.load(at, mask=mask, other=0.0)
     twice = tl.where(rows[:, None] == columns[None, :], 1.0, 2.0)
-    tl.store(parts + pid, tl.sum(tl.sum(twice * products * windows, 1), 0))
+    tl.store(parts + pid, matrix_sum(twice * products * windows))
     if i == j:
         squares, window_squares = diagonal(products, rows, columns), diagonal(windows, rows, columns)
         place = diagonals + matrix * tiles + i
-        tl.store(place, tl.sum(tl.sqrt_rn(squares) * tl.sqrt_rn(window_squares), 0))
-        tl.store(place + plane, tl.sum(squares, 0))
-        tl.store(place + 2 * plane, tl.sum(window_squares, 0))
+        tl.store(place, vector_sum(tl.sqrt_rn(squares) * tl.sqrt_rn(window_squares)))
+        tl.store(place + plane, vector_sum(squares))
+        tl.store(place + 2 * plane, vector_sum(window_squares))
 
 
 @functools.lru_cache(maxsize=64)

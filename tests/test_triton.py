@@ -16,7 +16,7 @@ from dp2vae_fast import ops
 from dp2vae_fast.ops._op import OPS
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, of what a GPU does silently
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what a GPU does silently
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WITHOUT = {"conv_weighted_sum", "kept_weighted_sum", "linear_weighted_sum"}  # vendor libraries and references
 NAMES = sorted({row.op for row in dp2vae_fast.backends_table() if row.backend == "triton" and row.available})

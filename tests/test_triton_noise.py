@@ -16,7 +16,7 @@ from torch import Tensor
 from dp2vae_fast.ops import noise
 
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 import triton.language as tl  # noqa: E402
 from dp2vae_fast.kernels import _common, chacha20  # noqa: E402

@@ -14,7 +14,7 @@ from dp2vae_fast import ops
 from dp2vae_fast.engine.products import ConvProduct
 
 _common = pytest.importorskip("dp2vae_fast.kernels._common")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 Norms = tuple[Tensor, Tensor]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
