@@ -41,6 +41,8 @@ def takes(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> bool | 
     for x in tensors:
         if x.device.type == "cpu" and not INTERPRETED:
             return "Triton runs on CPU tensors under TRITON_INTERPRET=1 only"
+        if x.device.type not in ("cpu", "cuda"):
+            return f"the kernels do not run on {x.device.type} tensors"
         if x.device != tensors[0].device:
             return "the tensors are on several devices"
         if x.dtype not in dtypes:
