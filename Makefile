@@ -8,7 +8,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 PYTHON_ROOMS := dp2vae_fast kernels tests benchmarks setup.py
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: setup demo test bench lint types ci format clean
+.PHONY: setup demo test bench kernels lint types ci format clean
 
 setup: $(BUILT)
 
@@ -30,6 +30,9 @@ test: setup
 bench: setup
 	$(BIN)/python benchmarks/bench_step.py --short
 
+kernels: setup
+	$(BIN)/python benchmarks/compile_kernels.py
+
 lint: setup
 	$(BIN)/ruff check $(PYTHON_ROOMS)
 	$(BIN)/ruff format --check $(PYTHON_ROOMS)
@@ -38,7 +41,7 @@ lint: setup
 types: setup
 	$(BIN)/pyright
 
-ci: lint types test
+ci: lint types kernels test
 
 format: setup
 	$(BIN)/ruff check --fix $(PYTHON_ROOMS)

@@ -160,6 +160,21 @@ def ops(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{note}; {_made(record)}"])
 
 
+def kernels(record: dict[str, Any]) -> str:
+    """Registers a thread, bytes of shared memory a block and tensor-core instruction, by architecture."""
+    rows = record["rows"]
+    architectures = list(dict.fromkeys(row["architecture"] for row in rows))
+    lines = [f"| kernel | case | {' | '.join(architectures)} |", "|---" * (2 + len(architectures)) + "|"]
+    for kernel, case in dict.fromkeys((row["kernel"], row["case"]) for row in rows):
+        found = {row["architecture"]: row for row in rows if (row["kernel"], row["case"]) == (kernel, case)}
+        cells = [
+            ", ".join(str(x) for x in (row["registers"], row["shared"], row["mma"]) if x != "")
+            for row in (found[name] for name in architectures)
+        ]
+        lines.append(f"| `{kernel}` | {case} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Compiled by Triton {record['triton']}; no kernel spills a register."])
+
+
 Table = Callable[[dict[str, Any]], str]
 STEP, SCALING = "step_cpu", "scaling_cpu"
 # Page -> mark -> (record, what to make of it)
@@ -168,6 +183,7 @@ PAGES: dict[str, dict[str, tuple[str, Table]]] = {
         "utility_digits": ("utility_digits", utility_digits),
         "step_small": (STEP, report_step.step_small),
     },
+    "docs/kernels.md": {"kernels": ("kernels", kernels)},
     "docs/faults.md": {"faults": ("faults", faults), "register": ("register", register)},
     "docs/privacy.md": {"bound": ("bound", bound)},
     "docs/benchmarks.md": {

@@ -1,0 +1,155 @@
+"""The Triton backend as a whole, its clip factors and its normalisation layers; interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_opcheck import arguments_of_every_op
+from torch import Tensor
+
+import dp2vae_fast
+from dp2vae_fast import ops
+from dp2vae_fast.ops._op import OPS
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what a GPU does silently
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WITHOUT = {"conv_weighted_sum", "kept_weighted_sum", "linear_weighted_sum"}  # vendor libraries and references
+NAMES = sorted({row.op for row in dp2vae_fast.backends_table() if row.backend == "triton" and row.available})
+
+
+def on_device(argument):
+    if isinstance(argument, list):
+        return [on_device(x) for x in argument]
+    return argument.to(DEVICE) if isinstance(argument, Tensor) else argument
+
+
+def test_every_op_but_the_weighted_sums_has_a_kernel():
+    declared = {name for name, op in OPS.items() if op.__module__.startswith("dp2vae_fast.")}
+    assert declared - set(NAMES) == WITHOUT
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name in arguments_of_every_op()])
+def test_opcheck(name):
+    arguments = tuple(on_device(x) for x in arguments_of_every_op()[name])
+    checks = ("test_schema", "test_faketensor")  # what is written to, and shapes, strides and types of what comes back
+    torch.library.opcheck(getattr(torch.ops.dp2vae_fast, name).triton, arguments, test_utils=checks)
+
+
+def test_without_the_interpreter_a_cpu_tensor_is_refused_in_one_line():
+    code = """
+import torch
+from dp2vae_fast import ops
+from dp2vae_fast.ops import noise
+key, step, x = torch.zeros(8, dtype=torch.int32), torch.tensor(0), torch.ones(2, 3)
+for call in (
+    lambda: ops.clip_factors(x, x, 1.0, backend="triton"),
+    lambda: ops.grad_sample_norm_sq(x, backend="triton"),
+    lambda: noise.add_noise_([x], key, step, 0, [0], 1.0, backend="triton"),
+    lambda: noise.random_words(key, step, 0, 0, 0, 4, backend="triton"),
+):
+    try:
+        call()
+    except NotImplementedError as error:
+        assert "triton: Triton runs on CPU tensors under TRITON_INTERPRET=1 only)" in str(error), error
+    else:
+        raise AssertionError("a compiled kernel ran on a CPU tensor")
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "DP2VAE_FAST_BACKEND": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (
+            lambda x: ops.grad_sample_norm_sq(x.double(), backend="triton"),
+            "the kernels take float32, float16, bfloat16",
+        ),
+        (lambda x: ops.clip_factors(x, x.half(), 1.0, backend="triton"), "the kernels take float32"),
+        (lambda x: ops.linear_kept(x[:, :0, None], x[:, :0, None], backend="triton"), "an operand is empty"),
+        (lambda x: ops.embedding_norm_sq(x, x[..., None], 0, backend="triton"), "the kernel takes int64 and int32"),
+        (
+            lambda x: ops.layer_norm_grad_sample(*[x.new_ones(1, 1, 8193)] * 2, True, 1e-5, backend="triton"),
+            "up to 8192",
+        ),
+    ],
+)
+def test_what_the_kernels_do_not_take_has_a_reason(call, reason):
+    with pytest.raises(NotImplementedError, match=f"triton: .*{reason}.*Usable here: .*reference"):
+        call(torch.ones(2, 3, device=DEVICE))
+
+
+# --- clip factors -----------------------------------------------------------------------------------------------------
+
+
+def factors(clip: bool, norm_sq: Tensor, error: Tensor, bound: float, backend: str) -> Tensor:
+    if clip:
+        return ops.clip_factors(norm_sq, error, bound, backend=backend)
+    return ops.normalize_factors(norm_sq, error, bound, 0.01, backend=backend)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("layers, records", [(1, 1), (5, 0), (3, 127), (40, 129)])
+@pytest.mark.parametrize("bound", [0.7, 1e-6, 3e4])
+def test_factors_divide_by_an_upper_bound(clip: bool, layers: int, records: int, bound: float):
+    generator = torch.Generator().manual_seed(1)
+    norm_sq = torch.rand(records, layers, generator=generator).mT.mul(4).to(DEVICE)  # strided
+    error = (torch.rand(layers, records, generator=generator) * 1e-3).to(DEVICE)
+    found = factors(clip, norm_sq, error, bound, "triton")
+    expected = factors(clip, norm_sq.double(), error.double(), bound, "reference")
+    assert bool((found <= expected).all())
+    torch.testing.assert_close(found.double(), expected, rtol=2 * (layers + 6) * 2.0**-23, atol=0)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_factors_of_special_records(clip: bool):
+    inf, nan, huge = float("inf"), float("nan"), 3e38
+    norm_sq = torch.tensor([[1.0, inf, nan, 1.0, 1.0, 0.0, huge, 1e-40]], device=DEVICE).repeat(2, 1)
+    error = torch.tensor([[0.0, 0.0, 0.0, inf, nan, 0.0, 0.0, 0.0]], device=DEVICE).repeat(2, 1)
+    found = factors(clip, norm_sq, error, 0.5, "triton")
+    torch.testing.assert_close(found, factors(clip, norm_sq, error, 0.5, "reference"), rtol=1e-6, atol=0)
+    assert found[1:5].tolist() == [0.0] * 4 and found[6] == 0.0  # the sum of two huge ones is not finite
+    assert found[5] == (1.0 if clip else pytest.approx(50.0))
+
+
+# --- normalisation layers ---------------------------------------------------------------------------------------------
+
+
+GROUP_NORM = [((2, 8, 65), 2, 1e-5), ((1, 140, 7), 1, 1e-5), ((1, 6, 1), 2, 0.0), ((2, 4, 300), 4, 0.0)]
+LAYER_NORM = [((2, 8, 65), True, 1e-5), ((2, 40, 7), False, 1e-5), ((1, 6, 1), True, 1e-5), ((2, 1, 300), False, 0.0)]
+INPUTS = [(0.0, 1.0, torch.float32), (1e4, 0.1, torch.float32), (-1e6, 1.0, torch.float32), (100.0, 1.0, torch.float16)]
+
+
+@pytest.mark.parametrize("mean, std, dtype", INPUTS)
+@pytest.mark.parametrize(
+    "norm, shape, how, eps",
+    [(ops.group_norm_grad_sample, *case) for case in GROUP_NORM]
+    + [(ops.layer_norm_grad_sample, *case) for case in LAYER_NORM],
+)
+def test_normalisation_layers(norm, shape, how, eps, mean: float, std: float, dtype: torch.dtype):
+    """Against float64, contiguous and with channels last; a large mean costs no digits."""
+    generator = torch.Generator().manual_seed(1)
+    x = (mean + std * torch.randn(shape, generator=generator)).to(dtype).to(DEVICE)
+    b = torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+    exact = norm.reference(x.double(), b.double(), how, eps)
+    for memory in (lambda t: t, lambda t: t.mT.contiguous().mT):
+        found = norm(memory(x), memory(b), how, eps, backend="triton")
+        for one, other in zip(found, exact, strict=True):
+            assert one.dtype == torch.float32
+            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)  # as tests/test_affine.py
+
+
+def test_a_bad_record_of_a_normalisation_layer_stays_with_itself():
+    x, b = (torch.randn(3, 6, 20, generator=torch.Generator().manual_seed(s)).to(DEVICE) for s in (1, 2))
+    broken = x.clone()
+    broken[1, 2, 3] = float("nan")
+    for norm, how in ((ops.group_norm_grad_sample, 2), (ops.layer_norm_grad_sample, False)):
+        before, after = (norm(y, b, how, 1e-5, backend="triton")[0] for y in (x, broken))
+        assert torch.equal(before[::2], after[::2])
+        assert not bool(after[1].isfinite().all())
