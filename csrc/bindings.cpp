@@ -71,7 +71,6 @@ py::dict build_info() {
   info["compiler"] = __VERSION__;
   info["torch_target"] = std::to_string(TORCH_TARGET_VERSION >> 56 & 0xff) + "." +
                          std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff);
-  info["cuda_kernels"] = false;
   info["isa"] = dp2vae::isa();
   std::string isas;
   for (const std::string& name : dp2vae::isas()) isas += (isas.empty() ? "" : " ") + name;

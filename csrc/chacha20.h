@@ -18,13 +18,7 @@ struct Scalar {
   using I = int32_t;
   using F = float;
   static DP2VAE_INLINE F to_float(I x) { return static_cast<float>(x); }
-  static DP2VAE_INLINE F sqrt(F x) {
-#if defined(__CUDA_ARCH__)
-    return __fsqrt_rn(x);
-#else
-    return __builtin_sqrtf(x);
-#endif
-  }
+  static DP2VAE_INLINE F sqrt(F x) { return root(x); }
   static DP2VAE_INLINE I bits(F x) {
     I out;
     memcpy(&out, &x, sizeof out);
@@ -146,6 +140,15 @@ DP2VAE_INLINE void direction(typename L::U b, typename L::F& cosine, typename L:
   const auto odd = (quarter & 1u) != 0;
   cosine = L::from_bits(L::bits(odd ? sin_t : cos_t) ^ (I)((quarter + 1u) >> 1 << 31));
   sine = L::from_bits(L::bits(odd ? cos_t : sin_t) ^ (I)(quarter >> 1 << 31));
+}
+
+// The two normals of a word triple whose radius word is below 2^16.
+DP2VAE_INLINE void box_muller_tail(uint32_t radius_word, uint32_t tail_word, uint32_t angle_word,
+                                   float& first, float& second) {
+  direction<Scalar>(angle_word, first, second);
+  const float r = tail_radius(radius_word, tail_word);
+  first *= r;
+  second *= r;
 }
 
 }  // namespace dp2vae::DP2VAE_ISA

@@ -5,6 +5,7 @@ Every error that a user can cause ends as one line on standard error and exit co
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -226,6 +227,10 @@ def info() -> None:
         found["native module"] = ", ".join(f"{k} {v}" for k, v in _C.build_info().items())
     except ImportError:
         found["native module"] = "not built"
+    try:
+        found["CUDA module"] = importlib.import_module("dp2vae_fast._cuda").BUILT_FOR
+    except ImportError:
+        found["CUDA module"] = "not built"
     for name, value in found.items():
         _out.print(f"[bold]{name}[/]: {value}", highlight=False, soft_wrap=True)
     _print_backends()

@@ -1,8 +1,4 @@
-// random_words, add_noise_, noise_sgd_ and noise_adam_ for CPU tensors: checks, and superblocks dealt to
-// threads.
-//
-// The argument checks that a user meets are in dp2vae_fast/ops/noise.py; those here keep memory safe and
-// noise unrepeated when torch.ops is called directly.
+// random_words, add_noise_, noise_sgd_ and noise_adam_ for CPU tensors: superblocks dealt to threads.
 #include "noise.h"
 
 #include <torch/csrc/stable/library.h>
@@ -10,65 +6,29 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
-#include <string>
 #include <vector>
 
+#include "../noise_arguments.h"
 #include "../ops.h"
 #include "isa.h"
 
 namespace dp2vae {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-
-constexpr int64_t kWordLimit = int64_t{1} << 32;
 constexpr int64_t kGrain = 64;  // superblocks: 10 to 25 microseconds of work
 
 Draw make_draw(const Tensor& key, const Tensor& step, int64_t mechanism, int64_t domain) {
-  STD_TORCH_CHECK(key.is_cpu() && key.scalar_type() == ScalarType::Int && key.dim() == 1 && key.numel() == 8,
-                  "key: expected an int32 CPU tensor of 8 words");
-  STD_TORCH_CHECK(step.is_cpu() && step.scalar_type() == ScalarType::Long && step.numel() == 1,
-                  "step: expected an int64 CPU scalar");
-  STD_TORCH_CHECK(0 <= mechanism && mechanism < kWordLimit / 4, "mechanism is ", mechanism,
-                  ", expected 0 to 2^30 - 1");
-  STD_TORCH_CHECK(0 <= domain && domain < 4, "domain is ", domain, ", expected 0 to 3");
-  const int64_t at = *step.const_data_ptr<int64_t>();
-  STD_TORCH_CHECK(0 <= at && at < kWordLimit, "step is ", at,
-                  ", expected 0 to 2^32 - 1: further steps would repeat");
+  check_key_and_step(key, step);
+  STD_TORCH_CHECK(key.is_cpu() && step.is_cpu(), "key and step: expected CPU tensors");
   Draw draw{};
-  const int32_t* words = key.const_data_ptr<int32_t>();
-  for (int i = 0; i < 8; ++i) draw.key[i] = static_cast<uint32_t>(words[i * key.stride(0)]);
-  draw.nonce[0] = static_cast<uint32_t>(4 * mechanism + domain);
-  draw.nonce[1] = static_cast<uint32_t>(at);
+  key_on_host(key, draw.key);
+  draw.nonce[0] = first_nonce_word(mechanism, domain);
+  draw.nonce[1] = static_cast<uint32_t>(step_on_host(step));
   return draw;
 }
 
-void check_indices(const std::vector<int64_t>& indices, size_t expected) {
-  STD_TORCH_CHECK(indices.size() == expected, "indices holds ", indices.size(), " numbers for ", expected,
-                  " tensors");
-  std::vector<int64_t> sorted(indices);
-  std::sort(sorted.begin(), sorted.end());
-  STD_TORCH_CHECK(std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end(), "indices repeat");
-  STD_TORCH_CHECK(sorted.empty() || (sorted.front() >= 0 && sorted.back() < kWordLimit),
-                  "indices are outside 0 to 2^32 - 1");
-}
-
-// `tensors` must match `model` one by one: contiguous CPU tensors of the same dtype and size.
 void check_list(const char* name, const Tensors& tensors, const Tensors& model) {
-  STD_TORCH_CHECK(tensors.size() == model.size(), name, " holds ", tensors.size(), " tensors, expected ",
-                  model.size());
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const Tensor& t = tensors[i];
-    const ScalarType type = t.scalar_type();
-    STD_TORCH_CHECK(
-        t.is_cpu() && t.is_contiguous() && (type == ScalarType::Float || type == ScalarType::Double) &&
-            type == model[i].scalar_type() && t.numel() == model[i].numel(),
-        name, "[", i, "]: expected a contiguous float32 or float64 CPU tensor like its parameter");
-    STD_TORCH_CHECK(t.numel() <= 16 * kWordLimit, name, "[", i, "] has more than 2^36 elements");
-  }
+  dp2vae::check_list(name, tensors, model, [](const Tensor& t) { return t.is_cpu(); });
 }
 
 // One tensor's share of a call.
@@ -115,11 +75,6 @@ void update_all(const Tensors& tensors, Draw draw, const std::vector<int64_t>& i
   run_jobs(doubles, double_kernel);
 }
 
-template <class T>
-T* pointer(const Tensors& tensors, size_t i) {
-  return tensors.empty() ? nullptr : static_cast<T*>(tensors[i].mutable_data_ptr());
-}
-
 }  // namespace
 
 const NoiseKernels& noise_kernels_in_use() {
@@ -163,22 +118,11 @@ void noise_sgd_(Tensors params, Tensors sums, Tensors momentum_buffers, const Te
   check_list("sums", sums, params);
   if (momentum != 0 || !momentum_buffers.empty()) check_list("momentum_buffers", momentum_buffers, params);
   if (momentum == 0) momentum_buffers.clear();
+  const SgdSettings settings{std,          scale,    lr,       momentum,  dampening,
+                             weight_decay, nesterov, maximize, first_step};
   update_all<Sgd>(params, make_draw(key, step, mechanism, 0), indices, noise_kernels_in_use().sgd_float,
                   noise_kernels_in_use().sgd_double, [&](auto zero, size_t i) {
-                    using T = decltype(zero);
-                    Sgd<T> update{};
-                    update.param = pointer<T>(params, i);
-                    update.sum = pointer<T>(sums, i);
-                    update.momentum_buffer = pointer<T>(momentum_buffers, i);
-                    update.std = static_cast<T>(std);
-                    update.scale = static_cast<T>(maximize ? -scale : scale);
-                    update.lr = static_cast<T>(lr);
-                    update.momentum = static_cast<T>(momentum);
-                    update.undamped = static_cast<T>(1 - dampening);
-                    update.weight_decay = static_cast<T>(weight_decay);
-                    update.nesterov = nesterov;
-                    update.first_step = first_step;
-                    return update;
+                    return sgd_of<decltype(zero)>(settings, params, sums, momentum_buffers, i);
                   });
 }
 
@@ -191,28 +135,12 @@ void noise_adam_(Tensors params, Tensors sums, Tensors exp_avgs, Tensors exp_avg
   check_list("exp_avgs", exp_avgs, params);
   check_list("exp_avg_sqs", exp_avg_sqs, params);
   if (!max_exp_avg_sqs.empty()) check_list("max_exp_avg_sqs", max_exp_avg_sqs, params);
-  STD_TORCH_CHECK(optimizer_step >= 1, "optimizer_step is ", optimizer_step, ", expected 1 or more");
-  const double steps = static_cast<double>(optimizer_step);
+  const AdamSettings settings{std,   scale, optimizer_step, lr,        beta1,
+                              beta2, eps,   weight_decay,   decoupled, maximize};
   update_all<Adam>(params, make_draw(key, step, mechanism, 0), indices, noise_kernels_in_use().adam_float,
                    noise_kernels_in_use().adam_double, [&](auto zero, size_t i) {
-                     using T = decltype(zero);
-                     Adam<T> update{};
-                     update.param = pointer<T>(params, i);
-                     update.sum = pointer<T>(sums, i);
-                     update.exp_avg = pointer<T>(exp_avgs, i);
-                     update.exp_avg_sq = pointer<T>(exp_avg_sqs, i);
-                     update.max_exp_avg_sq = pointer<T>(max_exp_avg_sqs, i);
-                     update.std = static_cast<T>(std);
-                     update.scale = static_cast<T>(maximize ? -scale : scale);
-                     update.step_size = static_cast<T>(lr / (1 - std::pow(beta1, steps)));
-                     update.lerp_weight = static_cast<T>(1 - beta1);
-                     update.beta2 = static_cast<T>(beta2);
-                     update.one_minus_beta2 = static_cast<T>(1 - beta2);
-                     update.root_correction2 = static_cast<T>(std::sqrt(1 - std::pow(beta2, steps)));
-                     update.eps = static_cast<T>(eps);
-                     update.weight_decay = static_cast<T>(decoupled ? 0 : weight_decay);
-                     update.shrink = static_cast<T>(decoupled ? 1 - lr * weight_decay : 1);
-                     return update;
+                     return adam_of<decltype(zero)>(settings, params, sums, exp_avgs, exp_avg_sqs,
+                                                    max_exp_avg_sqs, i);
                    });
 }
 

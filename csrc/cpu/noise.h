@@ -4,41 +4,9 @@
 
 #include <cstdint>
 
+#include "../updates.h"
+
 namespace dp2vae {
-
-constexpr int kSuperblock = 128;  // elements that eight ChaCha20 blocks serve
-constexpr uint32_t kTail = 1;     // added to the nonce's first word for tail words
-
-// Key and nonce of one parameter's noise.
-struct Draw {
-  uint32_t key[8];
-  uint32_t nonce[3];
-};
-
-// What to do with one tensor and its standard normals z. Fields are in the tensor's own type, as PyTorch
-// computes.
-template <class T>
-struct AddNoise {
-  T* data;
-  T std;
-};
-
-template <class T>
-struct Sgd {
-  T* param;
-  const T* sum;
-  T* momentum_buffer;  // null without momentum
-  T std, scale, lr, momentum, undamped, weight_decay;
-  bool nesterov, first_step;
-};
-
-template <class T>
-struct Adam {
-  T* param;
-  const T* sum;
-  T *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // the last null without amsgrad
-  T std, scale, step_size, lerp_weight, beta2, one_minus_beta2, root_correction2, eps, weight_decay, shrink;
-};
 
 // Updates superblocks [first, end) of a tensor of n elements.
 template <class Update>

@@ -34,14 +34,6 @@ DP2VAE_INLINE Lanes::I box_muller(const Lanes::U& radius_word, const Lanes::U& a
   return radius_word < 0x10000u;
 }
 
-DP2VAE_INLINE void box_muller_tail(uint32_t radius_word, uint32_t tail_word, uint32_t angle_word,
-                                   float& first, float& second) {
-  direction<Scalar>(angle_word, first, second);
-  const float r = tail_radius(radius_word, tail_word);
-  first *= r;
-  second *= r;
-}
-
 DP2VAE_INLINE bool any(const Lanes::I& mask) {
   uint64_t parts[kWidth / 2], either = 0;
   memcpy(parts, &mask, sizeof parts);
@@ -90,19 +82,13 @@ bool box_muller_of(uint32_t radius_word, uint32_t tail_word, uint32_t angle_word
   return true;
 }
 
-// The updates: plain loops that the compiler vectorises. For that, settings are copied (a store must not seem
-// to change them), choices are values rather than branches, and a list that may be absent is a template flag.
-
-template <class T>
-DP2VAE_INLINE T root(T x) {
-  if constexpr (sizeof(T) == 4) return __builtin_sqrtf(x);
-  return __builtin_sqrt(x);
-}
+// The updates: plain loops over updates.h that the compiler vectorises. For that, settings are copied: a
+// store must not seem to change them.
 
 template <class T>
 DP2VAE_INLINE void apply(AddNoise<T> u, int64_t begin, const float* z, int count) {
   T* data = u.data + begin;
-  for (int i = 0; i < count; ++i) data[i] += u.std * static_cast<T>(z[i]);
+  for (int i = 0; i < count; ++i) data[i] = updated(u, data[i], static_cast<T>(z[i]));
 }
 
 template <bool with_momentum, class T>
@@ -110,18 +96,10 @@ DP2VAE_INLINE void sgd(Sgd<T> u, int64_t begin, const float* z, int count) {
   T* __restrict param = u.param + begin;
   const T* __restrict sum = u.sum + begin;
   T* __restrict buffer = u.momentum_buffer + (with_momentum ? begin : 0);
-  const bool decays = u.weight_decay != 0;
   for (int i = 0; i < count; ++i) {
-    const T p = param[i];
-    T grad = (sum[i] + u.std * static_cast<T>(z[i])) * u.scale;
-    grad = decays ? grad + u.weight_decay * p : grad;
-    if constexpr (with_momentum) {
-      const T later = buffer[i] * u.momentum + u.undamped * grad;
-      const T average = u.first_step ? grad : later;
-      buffer[i] = average;
-      grad = u.nesterov ? grad + u.momentum * average : average;
-    }
-    param[i] = p - u.lr * grad;
+    T average = with_momentum ? buffer[i] : 0;
+    param[i] = updated<with_momentum>(u, param[i], sum[i], static_cast<T>(z[i]), average);
+    if constexpr (with_momentum) buffer[i] = average;
   }
 }
 
@@ -137,20 +115,12 @@ DP2VAE_INLINE void adam(Adam<T> u, int64_t begin, const float* z, int count) {
   T* __restrict first = u.exp_avg + begin;
   T* __restrict second = u.exp_avg_sq + begin;
   T* __restrict largest = u.max_exp_avg_sq + (amsgrad ? begin : 0);
-  const bool decays = u.weight_decay != 0;
   for (int i = 0; i < count; ++i) {
-    const T p = param[i] * u.shrink;  // 1, or 1 - lr * weight_decay where the decay is decoupled
-    T grad = (sum[i] + u.std * static_cast<T>(z[i])) * u.scale;
-    grad = decays ? grad + u.weight_decay * p : grad;
-    const T m = first[i] + u.lerp_weight * (grad - first[i]);
-    T v = second[i] * u.beta2 + u.one_minus_beta2 * grad * grad;
+    T m = first[i], v = second[i], most = amsgrad ? largest[i] : 0;
+    param[i] = updated<amsgrad>(u, param[i], sum[i], static_cast<T>(z[i]), m, v, most);
     first[i] = m;
     second[i] = v;
-    if constexpr (amsgrad) {
-      v = largest[i] < v ? v : largest[i];
-      largest[i] = v;
-    }
-    param[i] = p - u.step_size * m / (root(v) / u.root_correction2 + u.eps);
+    if constexpr (amsgrad) largest[i] = most;
   }
 }
 

@@ -62,14 +62,14 @@ class _Implementation:
     supports: Supports | None
 
 
-def _load_native() -> str:
-    """Import the compiled module, whose import registers its kernels; return the reason where that fails."""
+def _load_module(name: str, which: str, remedy: str) -> str:
+    """Import a compiled module, whose import registers its kernels; return the reason where that fails."""
     try:
-        importlib.import_module(f"{NAMESPACE}._C")
+        importlib.import_module(f"{NAMESPACE}.{name}")
     except ModuleNotFoundError:
-        return "the native module is not built (reinstall with a C++ compiler)"
+        return f"the {which} module is not built (reinstall with {remedy})"
     except ImportError as error:
-        return f"the native module does not load ({error})"
+        return f"the {which} module does not load ({error})"
     return ""
 
 
@@ -97,7 +97,8 @@ def _parse_order(request: str) -> tuple[str, ...]:
     return order
 
 
-_native_gap = _load_native()
+_native_gap = _load_module("_C", "native", "a C++ compiler")
+_cuda_gap = _load_module("_cuda", "CUDA", "nvcc and a CUDA build of torch")
 _triton_gap: str | None = None
 
 # Process-wide on purpose, not thread-local: autograd runs backward hooks, and so the ops in them, on threads
@@ -177,7 +178,7 @@ class Op(Generic[R]):
             return ""
         if name == "triton" and _triton_gap is None:
             return load_triton() or self.missing(name)
-        reason = {"cpp": _native_gap, "cuda": _native_gap, "triton": _triton_gap}[name]
+        reason = {"cpp": _native_gap, "cuda": _cuda_gap, "triton": _triton_gap}[name]
         return reason or f"no {name} kernel for this op"
 
     def _gap(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
