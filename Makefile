@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h tests/*.cpp)
 PYTHON_ROOMS := dp2vae_fast kernels tests benchmarks setup.py
 PYTEST := $(BIN)/python -m pytest -q
 
@@ -49,4 +49,4 @@ format: setup
 	$(BIN)/clang-format -i $(NATIVE)
 
 clean:
-	rm -rf $(VENV) build *.egg-info dp2vae_fast/_C*.so
+	rm -rf $(VENV) build *.egg-info dp2vae_fast/_C*.so dp2vae_fast/_cuda*.so
