@@ -74,7 +74,7 @@ def main() -> None:
     path = arguments.out or (None if arguments.short else Path(__file__).parent / "results" / "step_cpu.json")
     about = {k: v for k, v in asdict(settings).items() if k != "fastdp"}
     key = ("workload", "threads", "malloc")
-    about |= {"titles": variants.titles(chosen["variants"])}
+    about |= {"titles": variants.titles(list(variants.VARIANTS))}
     record = None if path is None else Record(path, key, again=arguments.again, **about)
     for workload in chosen["workloads"]:
         for threads in chosen["threads"]:

@@ -30,12 +30,14 @@ struct Packing {
 };
 
 // Cycles for one position of all tiles, by what a core does in one: two vector multiply-adds, two loads.
+// Loads are not quite free beside the arithmetic, least where they come from the second cache, as columns do.
 double cycles(const Product& p, const ProductKernels& k, int64_t columns, int64_t wide, bool unfolded) {
   const int64_t vectors = (columns + k.lanes - 1) / k.lanes;
   const double column_tiles = (vectors + wide - 1) / wide;
   const double row_tiles = (p.rows + k.max_rows[wide] - 1) / k.max_rows[wide];
   const double rows = p.rows / row_tiles, of_a_row = vectors / column_tiles;
-  const double tile = std::max({rows * of_a_row / 2, (rows + of_a_row) / 2, 4.0});
+  const double tile =
+      std::max({rows * of_a_row / 2, (rows + of_a_row) / 2, 4.0}) + rows / 16 + 3 * of_a_row / 16;
   return tile * row_tiles * column_tiles * (unfolded ? 1 : p.taps()) + (unfolded ? 2.0 * columns : 0.0);
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "product.h"
 #include "tile.h"
@@ -28,14 +29,34 @@ DP2VAE_INLINE Span span(int64_t n, int64_t parts, int64_t i) {
   return {begin, part_begin(n, parts, i + 1) - begin};
 }
 
+// to[k] = from[k] for k < count.
+template <class T>
+DP2VAE_INLINE void copy_run(const T* from, int64_t count, float* to) {
+  for (int64_t k = 0; k < count; ++k) to[k] = value(from, k);
+}
+
+// Runs are short, as wide as a tile: in few moves, not one by one.
+DP2VAE_INLINE void copy_run(const float* from, int64_t count, float* to) {
+  constexpr int64_t kMove = kWidth < 16 ? 8 : 16;
+  int64_t k = 0;
+  const auto move = [&](auto bytes) {
+    memcpy(to + k, from + k, bytes());
+    k += bytes() / sizeof(float);
+  };
+  while (k + kMove <= count) move(std::integral_constant<size_t, kMove * sizeof(float)>());
+  if ((count - k) & 8) move(std::integral_constant<size_t, 32>());
+  if ((count - k) & 4) move(std::integral_constant<size_t, 16>());
+  if ((count - k) & 2) move(std::integral_constant<size_t, 8>());
+  if ((count - k) & 1) to[k] = from[k];
+}
+
 // to[i * to_step + k] = from[i * from_step + k * from_inner] for i < count, k < inner, along whichever index
 // lies closer together.
 template <class T>
 DP2VAE_INLINE void copy_block(const T* from, int64_t from_step, int64_t from_inner, int64_t count,
                               int64_t inner, float* to, int64_t to_step) {
   if (from_inner == 1) {
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t k = 0; k < inner; ++k) to[i * to_step + k] = value(from, i * from_step + k);
+    for (int64_t i = 0; i < count; ++i) copy_run(from + i * from_step, inner, to + i * to_step);
   } else if (from_inner < from_step) {
     for (int64_t i = 0; i < count; ++i)
       for (int64_t k = 0; k < inner; ++k) to[i * to_step + k] = value(from, i * from_step + k * from_inner);

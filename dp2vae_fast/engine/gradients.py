@@ -91,7 +91,10 @@ def random_like(x: Tensor, records: int) -> Tensor:
 
 def rounded_down(factors: Tensor, *operands: Tensor) -> Tensor:
     """``factors`` in the precision of sums of these operands: a record's bound outlives the rounding."""
-    near = factors.to(ops.result_dtype(*operands))
+    dtype = ops.result_dtype(*operands)
+    if factors.dtype == dtype:
+        return factors
+    near = factors.to(dtype)
     return torch.where(near > factors, torch.nextafter(near, torch.zeros_like(near)), near)
 
 
@@ -116,11 +119,14 @@ class Kept:
         return ops.widen(self.values)
 
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        values = self.grad_sample()
-        like = values.new_empty(1).expand(values.shape[1:]) if self.records == 0 else values[0]
+        values, factors = self.grad_sample(), rounded_down(factors, self.values)
+        if values.is_contiguous():
+            shape = values.shape[1:]
+            return ops.kept_weighted_sum(values.reshape(self.records, shape.numel()), factors).reshape(shape)
+        like = values[0]
         order = ops.memory_order(like)  # convolutions keep channels last
         flat = values.permute(0, *(1 + d for d in order)).reshape(self.records, like.numel())
-        total = ops.kept_weighted_sum(flat, rounded_down(factors, values)).reshape([like.shape[d] for d in order])
+        total = ops.kept_weighted_sum(flat, factors).reshape([like.shape[d] for d in order])
         return total.permute([order.index(d) for d in range(like.dim())])
 
     def in_float64(self, records: Tensor) -> Kept:

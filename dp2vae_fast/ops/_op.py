@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -149,13 +150,14 @@ class Op(Generic[R]):
         return f"<op {NAMESPACE}.{self.name}>"
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> R:
+        device = _device_type(args, kwargs)
         order = _requested if backend is None else _parse_order(backend)
         if order is None:
-            order = ORDER.get(_device_type(args, kwargs), ("reference",))
+            order = ORDER.get(device, ("reference",))
         for name in order:
-            if self._gap(name, args, kwargs) == "":
+            if self._gap(name, device, args, kwargs) == "":
                 return self._implementations[name].overload(*args, **kwargs)
-        raise NotImplementedError(self._explain(order, args, kwargs))
+        raise NotImplementedError(self._explain(order, device, args, kwargs))
 
     def register(self, name: str, supports: Supports | None = None) -> Callable[[Callable[..., R]], Callable[..., R]]:
         """Decorate a Python-side implementation of this op, such as a Triton launcher.
@@ -181,11 +183,10 @@ class Op(Generic[R]):
         reason = {"cpp": _native_gap, "cuda": _cuda_gap, "triton": _triton_gap}[name]
         return reason or f"no {name} kernel for this op"
 
-    def _gap(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """Why backend `name` cannot run this call; the empty string where it can."""
+    def _gap(self, name: str, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Why backend `name` cannot run this call on `device`; the empty string where it can."""
         if gap := self.missing(name):
             return gap
-        device = _device_type(args, kwargs)
         if device != _DEVICE.get(name, device):
             return f"it runs on {_DEVICE[name]} tensors only, these are on {device}"
         supports = self._implementations[name].supports
@@ -194,9 +195,9 @@ class Op(Generic[R]):
             return ""
         return verdict or "it does not support these arguments"
 
-    def _explain(self, order: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        gaps = "; ".join(f"{name}: {self._gap(name, args, kwargs)}" for name in order)
-        usable = [name for name in BACKENDS if self._gap(name, args, kwargs) == ""]
+    def _explain(self, order: Sequence[str], device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        gaps = "; ".join(f"{name}: {self._gap(name, device, args, kwargs)}" for name in order)
+        usable = [name for name in BACKENDS if self._gap(name, device, args, kwargs) == ""]
         return f"op {self.name} cannot run as requested ({gaps}). Usable here: {', '.join(usable) or 'none'}"
 
     def _define(self, overload: str, kernel: Callable[..., R]) -> Callable[..., Any]:
@@ -238,7 +239,7 @@ def backends_table() -> list[BackendRow]:
 
 def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Device type of the first tensor among the arguments, lists included."""
-    for argument in (*args, *kwargs.values()):
+    for argument in chain(args, kwargs.values()):
         if isinstance(argument, list | tuple):
             argument = argument[0] if argument else None
         if isinstance(argument, Tensor):

@@ -15,4 +15,5 @@ def lying(x: Tensor, like: Tensor | None = None) -> Tensor:
 
     Contiguous where ``x`` is dense and laid out as ``like`` is: channels last included.
     """
-    return x.permute(memory_order(x if like is None else like))
+    like = x if like is None else like
+    return x if like.is_contiguous() else x.permute(memory_order(like))
