@@ -2,8 +2,8 @@
 
 * ``sampling``, ``loader``: who is in the batch, on coins of ``keystream``;
 * ``capture``: what every layer saw, by ``hooks`` that put a ``tap`` on its output, within ``calls`` of the whole model
-  (``traced`` under ``torch.compile``), into the ``book`` of the batch; ``guards``, ``verify``: what must not pass in
-  silence;
+  (``traced`` under ``torch.compile``), into the ``book`` of the batch; ``guards``, ``verify`` (which lets
+  the first call ``repeat``): what must not pass in silence;
 * ``layers``, ``fallback``: from that to per-sample ``gradients``, formed or as ``products``: ``plan``, by ``cost`` or
   ``timing`` (``planning``: before any step);
 * ``clipping``, ``precision``: factors, and what they guarantee after rounding;

@@ -44,6 +44,10 @@ class Book:
         """Whether there are entries of any of ``parameters``."""
         return any(p in self.uses for p in parameters)
 
+    def begin(self) -> None:
+        """Another batch, which :attr:`origins` tell from those before."""
+        self._batch += 1
+
     def on(self, draws: set[Origin]) -> None:
         """Entries that follow come from ``draws``."""
         self._draws |= draws
@@ -60,7 +64,7 @@ class Book:
                 "every layer's input must have the batch as its first axis"
             )
         if self.records is None:
-            self._batch += 1
+            self.begin()
         self.records = records
 
     def enter(self, parameter: Tensor, gradient: Gradient, layer: str, activations: Any) -> None:

@@ -81,7 +81,7 @@ class Calls:
     def end(self, module: nn.Module, output: Any) -> Any:
         """It ends, as in :meth:`close`."""
         if self.at_rest:
-            return self.first_batch.note(module, output)
+            return self.first_batch.repeats.note(module, output)
         if self.outermost is None:
             self.sizes = set()
         if self.ticket is not None:

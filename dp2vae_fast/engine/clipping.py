@@ -18,7 +18,7 @@ from .. import ops
 from ..ops.norm import product_depth
 from .gradients import Gradient
 from .keystream import Stream
-from .precision import STILL_COUNTED
+from .precision import STILL_COUNTED, is_captured
 
 # Where the error bound of a squared norm is more than this part of it, the norm is taken again in float64: otherwise
 # the record would be clipped by more than half of that too short.
@@ -31,14 +31,14 @@ def bounded_norms(gradients: Sequence[Gradient], harmless: float = 0.0) -> tuple
 
     A record whose errors are large beside its norm, as where a Gram sum cancels, is taken again in float64; each
     record by what it is itself, whatever else is in the batch. One whose bound is no longer than ``harmless`` is
-    left alone.
+    left alone. Where a graph is captured all are: they keep the wider bound.
     """
     terms = [g.norm_sq() for g in gradients]
     dtype = torch.float64 if any(n.dtype == torch.float64 for n, _ in terms) else torch.float32
     norm_sq, error = torch.stack([n.to(dtype) for n, _ in terms]), torch.stack([e.to(dtype) for _, e in terms])
     total, uncertain = norm_sq.sum(0), error.sum(0)
     loose = (uncertain > _LOOSE * total) & (total + uncertain > harmless**2) & uncertain.isfinite()
-    if dtype == torch.float64 or not bool(loose.any()):
+    if dtype == torch.float64 or is_captured(loose) or not bool(loose.any()):
         return norm_sq, error
     for row, gradient in enumerate(gradients):
         # What has one position is multiplied in float32 after all, with operands rounded as its error says; and what is

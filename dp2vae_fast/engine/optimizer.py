@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from .. import ops
 from .book import Origin
 from .capture import Capture
 from .clipping import FlatClipping
+from .gradients import Gradient
 from .keystream import Stream
 from .precision import full_precision, sum_rounding
 from .update import FusedUpdate
@@ -101,6 +102,7 @@ class DPOptimizer(OpacusDPOptimizer):
         self.update = None if materialize_grad else FusedUpdate.of(optimizer)
         self._sums: dict[Tensor, Tensor] = {}
         self._batches = 0
+        self._replayed = False  # the pending sum has a batch that was replayed, and no step since
         self._bound = 0.0
         self._check_settings()
         capture.owners.update(dict.fromkeys(self.params, self._close_batch))
@@ -111,7 +113,7 @@ class DPOptimizer(OpacusDPOptimizer):
     def accumulated_iterations(self) -> int:
         """Batches of records (not physical batches) since the last step, one whose gradients are still captured
         included; 1 where there is none."""
-        return max(1, self._batches + self.capture.holds(self.params))
+        return max(1, self._batches + self._replayed + self.capture.holds(self.params))
 
     def sensitivity(self) -> float:
         """How far adding or removing one record can move the sum that the noise is added to, in Euclidean norm.
@@ -151,11 +153,15 @@ class DPOptimizer(OpacusDPOptimizer):
 
     def _clip_and_accumulate(self) -> None:
         records, params = self.capture.records, self.params
-        mask = None if self._announced is None else self._announced[0]
+        mask = self.mask
         if self.capture.holds(params):
-            self._note_origins((records or 0) if mask is None else int(mask.sum()))
+            if self._replayed:  # before it
+                self._refuse_accumulation()
+                self._batches += 1
+            self._note_origins(self.capture.origins, (records or 0) if mask is None else int(mask.sum()))
         gradients = self.capture.take(params)
         self._batches += 1
+        self._replayed = False
         if self.padded and self._announced is None:
             raise RuntimeError(
                 "a padded batch without its mask, whose padding would count as records: take the batches from the "
@@ -166,20 +172,44 @@ class DPOptimizer(OpacusDPOptimizer):
             return
         if mask is not None and len(mask) != records:
             raise ValueError(f"the mask has {len(mask)} rows, the batch {records} records: give one bool a record")
-        scale = records if self.loss_reduction == "mean" else 1  # undo the mean's division by this batch's own size
-        factors = self.clipping.factors(used, self.max_grad_norm, scale, mask)
-        self._bound = max(self._bound, self.clipping.sensitivity(self.max_grad_norm))
         del gradients
-        while used:  # one after the other, so that what a gradient is made from can go as soon as it is added
-            p, g = used.popitem()
+        self._add(self.clipped_sums(used, records, mask))
+
+    def clipped_sums(
+        self, gradients: dict[Any, Gradient], records: int, mask: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter and the clipped sum of its ``gradients``, of ``records`` records each, such as are not masked;
+        one after the other, and taken from the dictionary, so that what a gradient is made from can go."""
+        scale = records if self.loss_reduction == "mean" else 1  # undo the mean's division by this batch's own size
+        factors = self.clipping.factors(gradients, self.max_grad_norm, scale, mask)
+        self._bound = max(self._bound, self.clipping.sensitivity(self.max_grad_norm))
+        while gradients:
+            p, g = gradients.popitem()
             weighted = g.weighted_sum(factors[p], self.sum_dtype)
             del g
+            yield p, weighted
+
+    def _add(self, sums: Iterable[tuple[Tensor, Tensor]]) -> None:
+        for p, weighted in sums:
             pending = self._sums.get(p)
             self._sums[p] = weighted if pending is None else pending.double().add_(weighted)
 
-    def _note_origins(self, records: int) -> None:
-        """Where the captured gradients come from; without accumulation, one draw only, and each of its records once."""
-        self.origins |= self.capture.origins
+    def add_replayed(self, sums: Iterable[tuple[Tensor, Tensor]], records: int) -> None:
+        """Add a batch of ``records`` records whose :meth:`clipped_sums` a graph has formed, in place of a forward and a
+        backward pass: a :meth:`step` follows."""
+        self.capture.begin_batch()
+        if self._replayed:
+            self._close_batch()
+        with self._all_or_nothing():
+            self.capture.book.begin()
+            self._note_origins(self.capture.origins | self.capture.draws(), records)
+            self._bound = max(self._bound, self.clipping.sensitivity(self.max_grad_norm))
+            self._add(sums)
+            self._replayed = True
+
+    def _note_origins(self, origins: set[Origin], records: int) -> None:
+        """Where gradients come from; without accumulation, one draw only, and each of its records once."""
+        self.origins |= origins
         self._parts, self._records = self._parts + 1, self._records + records
         if self.capture.grad_accumulation_allowed:
             return
@@ -222,6 +252,11 @@ class DPOptimizer(OpacusDPOptimizer):
                 "step() on every batch before the next is fetched, empty batches too, and step() alone after an error"
             )
         self._announced = mask, last
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Of the padded batch that is announced and had no step yet."""
+        return None if self._announced is None else self._announced[0]
 
     def begin_pass(self) -> bool:
         """A new pass over the data begins. True if that cut a draw short between its physical batches.
@@ -290,7 +325,7 @@ class DPOptimizer(OpacusDPOptimizer):
         self.capture.drop(self.params)
         if not self._is_last_step_skipped:
             self._forget_sums()
-        self._batches = 0
+        self._batches, self._replayed = 0, False
         self.original_optimizer.zero_grad(set_to_none)
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -304,7 +339,7 @@ class DPOptimizer(OpacusDPOptimizer):
         self.clipping.forget()
         self.origins = set()
         self._parts = self._records = self._batches = 0
-        self._bound = 0.0
+        self._bound, self._replayed = 0.0, False
 
     def _begin_step(self) -> bool:
         """Close the physical batch. False if the step is to be skipped; otherwise the accountant has counted it."""
@@ -365,12 +400,15 @@ class DPOptimizer(OpacusDPOptimizer):
 
     def _close_batch(self) -> None:
         """A second batch begins before a step: true accumulation, where sampling allows it."""
+        self._refuse_accumulation()
+        self.clip_and_accumulate()
+
+    def _refuse_accumulation(self) -> None:
         if not self.capture.grad_accumulation_allowed:
             raise ValueError(
                 "Poisson sampling does not compose by accumulation: call optimizer.step() after every batch "
                 "(BatchMemoryManager splits large batches), and backward() once on the sum of several losses"
             )
-        self.clip_and_accumulate()
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a DPOptimizer holds hooks and a secret noise stream: save its state_dict() instead")

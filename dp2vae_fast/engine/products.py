@@ -38,8 +38,9 @@ def _joined(x: Tensor, rows_per_record: int) -> Tensor:
 
 
 def _zeroed(x: Tensor, factors: Tensor) -> Tensor:
-    """``x`` with records of factor zero set to zero, without a copy where there are none."""
-    return ops.masked(x, factors) if bool((factors == 0).any()) else x
+    """``x`` with records of factor zero set to zero; on a CPU without a copy where there are none (a GPU would have to
+    be waited for)."""
+    return ops.masked(x, factors) if x.is_cuda or bool((factors == 0).any()) else x
 
 
 def _scaled(x: Tensor, factors: Tensor) -> Tensor:

@@ -42,16 +42,24 @@ class Taps:
     def __init__(self) -> None:
         self.anchor = torch.zeros((), requires_grad=True)
         self.arrived = 0
-        self._node = torch.autograd.graph.get_gradient_edge(self.anchor).node
+        # One a device: to copy the one there is would wait for the device at every tap, and cannot be captured.
+        self._anchors = {self.anchor.device: self.anchor}
+        self._nodes = [torch.autograd.graph.get_gradient_edge(self.anchor).node]
+
+    def _anchor_on(self, device: torch.device) -> Tensor:
+        if device not in self._anchors:
+            anchor = self._anchors[device] = torch.zeros((), device=device, requires_grad=True)
+            self._nodes.append(torch.autograd.graph.get_gradient_edge(anchor).node)
+        return self._anchors[device]
 
     def on(self, outputs: Sequence[Tensor], saved: Sequence[Tensor], report: Report) -> tuple[Tensor, ...]:
         """``outputs`` again; when a backward pass comes through, ``report(saved, output gradients)`` is called."""
-        return _Identity.apply(report, len(outputs), self.anchor.to(outputs[0].device), *outputs, *saved)
+        return _Identity.apply(report, len(outputs), self._anchor_on(outputs[0].device), *outputs, *saved)
 
     def reaches_parameters(self) -> bool:
         """Inside a backward pass: false under ``torch.autograd.grad`` with respect to inputs alone, which passes
         through the taps too and means no parameter."""
-        return torch._C._will_engine_execute_node(self._node)
+        return any(torch._C._will_engine_execute_node(node) for node in self._nodes)
 
     def wants_report(self) -> bool:
         """Inside a tap's backward: false in a backward pass that means no parameter.

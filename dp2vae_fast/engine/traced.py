@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten
 
 from . import guards
 from .precision import autocast_dtype, full_precision
-from .verify import Call
+from .repeat import Call
 
 if TYPE_CHECKING:
     from .book import Origin
@@ -138,7 +138,7 @@ class TracedCalls:
             elif first_batch.waiting:
                 positional = len(inputs) - len(names)
                 args, kwargs = tuple(inputs[:positional]), dict(zip(names, inputs[positional:], strict=True))
-                first = first_batch.remember(called, args, kwargs, capture.trainable(), autocast)
+                first = first_batch.repeats.remember(called, args, kwargs, capture.trainable(), autocast)
             else:
                 for call in self._calls.values():
                     call.first = None
@@ -151,7 +151,7 @@ class TracedCalls:
     def ended(self, ticket: int, outputs: Sequence[Tensor], tapped: Sequence[int]) -> None:
         if (first := self._call(ticket).first) is not None:
             first.tapped = list(tapped)
-            self._capture.first_batch.know(first, outputs)
+            self._capture.first_batch.repeats.know(first, outputs)
 
     def reported(
         self, layer: int, keys: Sequence[str], ticket: int, saved: Sequence[Tensor], backprops: Sequence[Tensor]

@@ -19,41 +19,24 @@ import math
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten
 
 from .gradients import Gradient
-from .precision import autocast_as, autocast_dtype
+from .precision import autocast_dtype
+from .repeat import Call, CannotRepeat, Repeats, device_of
 from .tap import Taps
 
 # How far the two may be apart: a part of the norm that a sum of randomly signed gradients has, and a part of the whole
 # model's for parameters whose gradient is nothing but rounding.
 _AGREEMENT = {torch.float64: (1e-6, 1e-9), torch.float32: (1e-2, 1e-4)}
 _COARSE = (0.2, 1e-2)  # float16 and bfloat16, autocast included
-_SAME = {torch.float64: 1e-8, torch.float32: 1e-4}  # how equal a second run must be, and otherwise 1e-2
 _ENOUGH = 32  # records
 _ATTEMPTS = 10  # batches that are checked at most
-_KNOWN_BY = 64  # rows of an output that a second run must give again
-
-
-@dataclass
-class Call:
-    """One outermost call of the first batch, as it can be run again."""
-
-    module: nn.Module
-    args: tuple
-    kwargs: dict
-    trainable: set[Tensor]
-    random: dict[torch.device, Tensor]
-    autocast: torch.dtype | None
-    tapped: list[int] = field(default_factory=list)  # which leaves of the output
-    shapes: list[torch.Size] = field(default_factory=list)  # of these
-    outputs: list[Tensor] = field(default_factory=list)  # the first rows of them, to know them again
-    backprops: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -77,20 +60,17 @@ class _Weighed:
     captured: list[_Captured]
 
 
-class _CannotRepeat(Exception):
-    """Why a call cannot be run again as it was."""
-
-
 class FirstBatch:
     """Remembers the outermost calls of the first batch that is differentiated, and checks its gradients.
 
     Attributes:
+        repeats: runs them again.
         waiting: the next batch is to be checked.
         proved: parameters whose gradients have been checked.
     """
 
     def __init__(self, axis: int, taps: Taps, *, wanted: bool = True) -> None:
-        self.axis = axis
+        self.repeats = Repeats(axis)
         self.waiting = wanted
         self.proved: set[Tensor] = set()
         self._wanted = wanted
@@ -99,8 +79,6 @@ class FirstBatch:
         self._open: Call | None = None
         self._without_graph: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._calls: list[Call] = []
-        self._repeating: Call | None = None
-        self._repeated: list[Any] = []
         self._refused = ""
         self._weighed: _Weighed | None = None
 
@@ -113,17 +91,8 @@ class FirstBatch:
         # Inside a backward pass it is a checkpoint's recomputation, which counts where nothing was seen the first time.
         if torch._C._current_graph_task_id() != -1 and module not in self._without_graph:
             return
-        device = _device((args, kwargs))
-        self._open = self.remember(module, args, kwargs, trainable, autocast_dtype(device.type))
-
-    def remember(
-        self, module: nn.Module, args: tuple, kwargs: dict, trainable: set[Tensor], autocast: torch.dtype | None
-    ) -> Call:
-        """A call as it can be run again."""
-        random = _random_states(_device((args, kwargs)))
-        # Contiguous: PyTorch 2.13 crashes in the backward pass of a GroupNorm that comes first on channels-last images.
-        args, kwargs = tree_map(_copy, (args, kwargs))
-        return Call(module, args, kwargs, trainable, random, autocast)
+        autocast = autocast_dtype(device_of((args, kwargs)).type)
+        self._open = self.repeats.remember(module, args, kwargs, trainable, autocast)
 
     def end(self, output: Any) -> Any:
         """The outermost call ends; its output again, tapped."""
@@ -136,7 +105,7 @@ class FirstBatch:
             if opaque := [x for x in leaves if not isinstance(x, Tensor | int | float | str | None)]:
                 self.give_up(f"{type(call.module).__name__} returns a {type(opaque[0]).__name__}")
             return None
-        self.know(call, [leaves[i] for i in call.tapped])
+        self.repeats.know(call, [leaves[i] for i in call.tapped])
 
         def report(_: tuple[Tensor, ...], backprops: tuple[Tensor, ...]) -> None:
             if self._taps.reaches_parameters():
@@ -145,11 +114,6 @@ class FirstBatch:
         for i, x in zip(call.tapped, self._taps.on([leaves[i] for i in call.tapped], [], report), strict=True):
             leaves[i] = x
         return structure.unflatten(leaves)
-
-    def know(self, call: Call, outputs: Sequence[Tensor]) -> None:
-        """What a second run must give again."""
-        call.shapes = [x.shape for x in outputs]
-        call.outputs = [self._first_rows(x.detach()).clone() for x in outputs]
 
     def arrived(self, call: Call, backprops: list[Tensor]) -> None:
         """The gradients of a call's outputs."""
@@ -160,11 +124,6 @@ class FirstBatch:
         else:
             self._calls.append(call)
             call.backprops = backprops
-
-    def note(self, module: nn.Module, output: Any) -> None:
-        """While a call is run again: a container returned ``output``; hooks that came later may still change it."""
-        if self._repeating is not None and module is self._repeating.module:
-            self._repeated, _ = tree_flatten(output)
 
     def forget(self) -> None:
         """The batch's gradients were dropped."""
@@ -212,7 +171,9 @@ class FirstBatch:
             0.5 + torch.rand(records, generator=generator)
         )
         rows = signs.repeat_interleave(rows_per_record)
-        if not all(len(s) > self.axis and s[self.axis] == len(rows) for call in calls for s in call.shapes):
+        if not all(
+            len(s) > self.repeats.axis and s[self.repeats.axis] == len(rows) for call in calls for s in call.shapes
+        ):
             signs, rows = torch.ones(records), None
             if self._attempts == 0:
                 warnings.warn(
@@ -249,10 +210,10 @@ class FirstBatch:
         coarse = False
         try:
             for call in weighed.calls:
-                for i, gradient in enumerate(self._repeat(call, parameters, weighed.rows)):
+                for i, gradient in enumerate(self.repeats.gradients(call, parameters, weighed.rows)):
                     want[i] = _plus(want[i], None if gradient is None else gradient.to(_wide(gradient)))
                 coarse |= call.autocast is not None
-        except _CannotRepeat as reason:
+        except CannotRepeat as reason:
             self.give_up(str(reason))
             return
         whole = math.hypot(*(c.size for c in weighed.captured))
@@ -278,70 +239,6 @@ class FirstBatch:
         enough = self._records >= _ENOUGH and self.proved.issuperset(parameters)
         self.waiting = not enough and self._attempts < _ATTEMPTS
 
-    def _first_rows(self, x: Tensor) -> Tensor:
-        return x.narrow(self.axis, 0, min(_KNOWN_BY, x.shape[self.axis])) if x.dim() > self.axis else x
-
-    def _repeat(self, call: Call, parameters: list[Tensor], rows: Tensor | None) -> list[Tensor | None]:
-        """Autograd's gradients of ``parameters`` from one call, with its output gradients weighted by ``rows``."""
-        used = [p for p in parameters if p in call.trainable]
-        if not used:
-            return [None] * len(parameters)
-        backprops, call.backprops = call.backprops, []
-        if rows is not None:
-            leading = [1] * self.axis
-            backprops = [
-                b * rows.to(b.device, b.dtype).reshape(*leading, -1, *[1] * (b.dim() - self.axis - 1))
-                for b in backprops
-            ]
-        found = None
-        with torch.random.fork_rng([d for d in call.random if d.type != "cpu"]):
-            for differentiate in (_by_grad, _by_backward):
-                outputs = self._run_again(call)
-                live = [(x, b) for x, b in zip(outputs, backprops, strict=True) if x.requires_grad]
-                del outputs
-                if (found := differentiate(live, used, call.trainable)) is not None:
-                    break
-        assert found is not None
-        gradients = dict(zip(used, found, strict=True))
-        return [gradients.get(p) for p in parameters]
-
-    def _run_again(self, call: Call) -> list[Tensor]:
-        """The tapped outputs of a second run, with their graph.
-
-        Raises:
-            _CannotRepeat: they are not those of the first.
-        """
-        name = type(call.module).__name__
-        self._repeating, self._repeated = call, []
-        try:
-            _set_random_states(call.random)
-            with torch.enable_grad():
-                try:
-                    args, kwargs = tree_map(
-                        lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs)
-                    )
-                    with autocast_as(_device((args, kwargs)).type, call.autocast):
-                        call.module(*args, **kwargs)
-                except Exception as error:
-                    raise _CannotRepeat(f"a second run of {name} raises {error!r}") from error
-            outputs = [x for i, x in enumerate(self._repeated) if i in call.tapped and isinstance(x, Tensor)]
-        finally:
-            self._repeating, self._repeated = None, []
-        if len(outputs) != len(call.tapped):
-            raise _CannotRepeat(f"a second run of {name} returns something else")
-        for again, shape, before in zip(outputs, call.shapes, call.outputs, strict=True):
-            size = float(before.abs().max()) if before.numel() else 0.0
-            same = 1e-2 if call.autocast else _SAME.get(before.dtype, 1e-2)
-            close = again.shape == shape and torch.allclose(
-                self._first_rows(again.detach()), before, same, 0.1 * same * size, True
-            )
-            if not close:
-                raise _CannotRepeat(
-                    f"a second run of {name} on the same inputs, from the same state of PyTorch's random numbers, "
-                    "gives something else"
-                )
-        return outputs
-
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
@@ -350,60 +247,3 @@ def _wide(x: Tensor) -> torch.dtype:
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """``a + b``, where None is zero."""
     return b if a is None else a if b is None else a + b
-
-
-def _device(inputs: Any) -> torch.device:
-    return next((x.device for x in tree_leaves(inputs) if isinstance(x, Tensor)), torch.device("cpu"))
-
-
-def _copy(x: Any) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    return x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
-
-
-def _by_grad(
-    outputs: list[tuple[Tensor, Tensor]], parameters: list[Tensor], trainable: set[Tensor]
-) -> Sequence[Tensor | None] | None:
-    """None where reentrant checkpointing forbids this way, or may hide a parameter from it."""
-    if not outputs:
-        return [None] * len(parameters)
-    tensors, backprops = zip(*outputs, strict=True)
-    try:
-        found = torch.autograd.grad(tensors, parameters, backprops, allow_unused=True)
-    except RuntimeError as error:
-        if "checkpoint" not in str(error).lower():
-            raise
-        return None
-    return found if all(gradient is not None for gradient in found) else None
-
-
-def _by_backward(
-    outputs: list[tuple[Tensor, Tensor]], parameters: list[Tensor], trainable: set[Tensor]
-) -> Sequence[Tensor | None]:
-    """An ordinary backward pass, which changes no ``.grad`` of the ``trainable`` parameters."""
-    tensors, backprops = zip(*outputs, strict=True)
-    before = {p: p.grad for p in trainable}
-    try:
-        for p in trainable:
-            p.grad = None
-        torch.autograd.backward(tensors, backprops)
-        return [p.grad for p in parameters]
-    finally:
-        for p, gradient in before.items():
-            p.grad = gradient
-
-
-def _random_states(device: torch.device) -> dict[torch.device, Tensor]:
-    states = {torch.device("cpu"): torch.get_rng_state()}
-    if device.type == "cuda":
-        states[device] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _set_random_states(states: dict[torch.device, Tensor]) -> None:
-    for device, state in states.items():
-        if device.type == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.cuda.set_rng_state(state, device)
