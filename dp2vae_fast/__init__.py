@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from .engine.captured import CapturedBatches
 from .engine.layers import register_layer_rule
 from .engine.opacus_samplers import register_with_opacus
 from .engine.plan import Plan
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .vae.release import load_decoder
 
 __all__ = [
+    "CapturedBatches",
     "Plan",
     "PrivacyEngine",
     "Trainer",

@@ -37,6 +37,7 @@ else:
 
 ENCODERS = ("linear", "dp", "public", "private")
 ENGINES = ("fused", "opacus")
+COMPILE = ("none", "graph")
 _LEAST_NOISE = 0.01
 
 
@@ -122,6 +123,7 @@ class PerformanceConfig:
     physical_batch_size: int = 256
     max_memory_overhead: float = 1.25
     measure_plan: bool = False
+    compile: str = "none"
     checkpoint_every: int = 50
 
 
@@ -293,6 +295,9 @@ def validate(config: Config) -> None:
     _choice(performance, "engine", ENGINES)
     if performance.engine == "opacus" and model.iwae_samples > 1:
         raise ConfigError('iwae_samples above 1 puts several rows to a record: it needs engine = "fused"')
+    _choice(performance, "compile", COMPILE)
+    if performance.engine == "opacus" and performance.compile != "none":
+        raise ConfigError(f'compile = "{performance.compile}" needs engine = "fused": Opacus cannot be captured')
     _check(performance, "threads", performance.threads is None or performance.threads >= 1, "at least 1")
     _check(performance, "physical_batch_size", performance.physical_batch_size >= 1, "at least 1")
     _check(performance, "max_memory_overhead", performance.max_memory_overhead >= 1, "at least 1")

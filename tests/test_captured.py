@@ -1,7 +1,6 @@
 """Batches that are captured and replayed: steps as they would be without, and a reason where that cannot be.
 
-Where there is no GPU a stand-in for the graph runs the same function on the same memory again, with what a capture
-forbids (looking at values) left out in the same places.
+Where there is no GPU a stand-in for the graph runs the same function on the same memory again.
 """
 
 from __future__ import annotations
@@ -9,15 +8,17 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import small
 import torch
 from cases import record_loss
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dp2vae_fast import PrivacyEngine
+from dp2vae_fast import PrivacyEngine, Trainer
 from dp2vae_fast.engine import captured, clipping
 from dp2vae_fast.engine.captured import CapturedBatches
 from dp2vae_fast.engine.keystream import Keystream
+from dp2vae_fast.engine.products import LinearProduct
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -25,22 +26,18 @@ N = 48
 
 
 class Again:
-    """Runs the function again at every replay, into the tensors that it returned at first."""
+    """Runs the function again at every replay, into the tensors that it returned at first. That nothing is looked at,
+    only a real capture can tell."""
 
     captures = 0
 
     def __init__(self, function) -> None:
         Again.captures += 1
         self.function = function
-        self.result = self._run()
-
-    def _run(self):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(clipping, "is_captured", lambda x: True)
-            return self.function()
+        self.result = function()
 
     def replay(self):
-        losses, sums = self._run()
+        losses, sums = self.function()
         self.result[0].copy_(losses)
         for p, total in sums.items():
             self.result[1][p].copy_(total)
@@ -80,10 +77,10 @@ def losses_of(module: nn.Module):
 def train(capture: bool, epochs: int = 3, **options) -> tuple[list[Tensor], float, list[Tensor]]:
     """Parameters, epsilon and losses after some epochs, with batches that are captured or an ordinary loop."""
     engine, model, module, optimizer, loader = make(**options)
-    batches, seen = CapturedBatches(optimizer, losses_of(module)), []
+    batches, seen = CapturedBatches(optimizer, losses_of(module)) if capture else None, []
     for _ in range(epochs):
         for (x,) in loader:
-            if capture:
+            if batches is not None:
                 seen.append(batches(x))
             else:
                 losses = losses_of(module)(x.to(DEVICE))
@@ -231,20 +228,44 @@ def test_two_steps_on_one_draw_are_accounted_together_when_replayed_too():
 # Bounds ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_norm_that_nobody_looks_at_is_still_an_upper_bound(monkeypatch):
-    """Positions that cancel: the Gram norm is all rounding error, and is not taken again."""
-    from dp2vae_fast.engine.products import LinearProduct
-
+def cancelling() -> LinearProduct:
+    """Positions that cancel: Gram norms are all rounding error."""
     generator = torch.Generator().manual_seed(5)
     half, b = torch.randn(6, 32, 12, generator=generator), torch.randn(6, 32, 9, generator=generator)
-    gradient = LinearProduct(torch.cat([half, half * (1 + 1e-6)], 1), torch.cat([b, -b], 1))
+    return LinearProduct(torch.cat([half, half * (1 + 1e-6)], 1), torch.cat([b, -b], 1))
+
+
+def test_a_norm_that_nobody_looks_at_is_still_an_upper_bound():
+    gradient = cancelling()
     exact = gradient.in_float64(torch.arange(6)).norm_sq()[0]
-    looked = clipping.bounded_norms([gradient])
-    monkeypatch.setattr(clipping, "is_captured", lambda x: True)
-    unseen = clipping.bounded_norms([gradient])
+    looked, unseen = (clipping.bounded_norms([gradient], second_look=how) for how in (True, False))
     for norm_sq, error in (looked, unseen):
         assert (norm_sq[0].double() + error[0].double() >= exact).all()
     assert (unseen[0] + unseen[1] > looked[0] + looked[1]).all()
+
+
+def test_a_clip_factor_does_not_depend_on_whether_batches_are_replayed_yet():
+    """When the first replay comes depends on how many batches were drawn before, which is nobody's to know."""
+    _, _, _, optimizer, _ = make(40)
+    before = optimizer.clipping.factors({"p": cancelling()}, 1.0)["p"]
+    CapturedBatches(optimizer, lambda x: x)
+    after = optimizer.clipping.factors({"p": cancelling()}, 1.0)["p"]
+    assert (after < before).all()  # from the first batch on, captured or not
+
+
+# The trainer ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"iwae_samples": 2, "encoder": "dp"}])
+def test_a_trainer_captures_its_batches(settings: dict):
+    settings = small.SETTINGS | {"steps": 12, "device": DEVICE} | settings
+    want, got = (Trainer(small.digits(), recipe="digits", **settings, compile=how).fit() for how in ("none", "graph"))
+    if not GPU:
+        assert Again.captures == (2 if settings.get("encoder") == "dp" else 1)
+    assert [row["records"] for row in got.history] == [row["records"] for row in want.history]
+    assert got.report["epsilon"] == want.report["epsilon"]
+    for a, b in zip(got.decoder.parameters(), want.decoder.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4 if GPU else 0, atol=1e-5 if GPU else 0)
 
 
 # What cannot be captured ----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from torch import nn
 from dp2vae_fast.engine.keystream import Keystream
 from dp2vae_fast.engine.precision import sum_rounding
 from dp2vae_fast.runs.ledger import Ledger
-from dp2vae_fast.vae.loop import StepMechanism, dp_sgd, make_optimizer
+from dp2vae_fast.vae.loop import RecordLosses, StepMechanism, dp_sgd, make_optimizer
 from dp2vae_fast.vae.losses import negative_elbo, negative_iwae, reconstruction
 from dp2vae_fast.vae.models import VAE, ModelSpec, build_decoder, build_encoder
 
@@ -50,7 +50,7 @@ def train(engine, preset, scope, optimizer, dtype, *, noise=0.0, seed=7, physica
     dp_sgd(
         module,
         make_optimizer(optimizer, module, 1e-3 / SCALE if optimizer == "sgd" else 1e-3, momentum=0.9),
-        losses,
+        RecordLosses(lambda indices: (indices,), losses),
         dp,
         keystream=Keystream.seeded(seed),
         ledger=Ledger(),

@@ -10,6 +10,7 @@ import torch
 
 from dp2vae_fast import Trainer, load_decoder
 from dp2vae_fast.runs.checkpoint import RunError
+from dp2vae_fast.vae.data import to_unit
 from dp2vae_fast.vae.latents import LatentCache
 from dp2vae_fast.vae.models import ModelSpec, build_decoder, build_encoder
 from dp2vae_fast.vae.release import sample_grid, save_decoder
@@ -81,8 +82,8 @@ def encoder():
 def test_the_cache_holds_what_the_encoder_says_in_memory_and_on_disk(encoder, tmp_path):
     data, cpu = small.digits(), torch.device("cpu")
     indices = torch.tensor([7, 0, 199])
-    images, labels = data.batch(indices)
-    expected = encoder(images, labels)
+    images, labels = data.rows(indices)
+    expected = encoder(to_unit(images), labels)
     for cache in (LatentCache.build(encoder, data, cpu), LatentCache.open(tmp_path / "z", encoder, data, cpu)):
         for found, wanted in zip(cache.posterior(indices), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

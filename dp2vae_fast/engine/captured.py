@@ -64,8 +64,9 @@ class CapturedBatches:
             is replayed, so it must do nothing but compute on its inputs.
 
     Guarantees:
-        Sensitivity, noise and accounting are those of :class:`~.optimizer.DPOptimizer`. A record whose norm is not sure
-        enough in float32 is not taken again in float64, as nobody can look at it: it may be clipped shorter than it
+        Sensitivity, noise and accounting are those of :class:`~.optimizer.DPOptimizer`, and a record's clip factor does
+        not depend on whether its batch is replayed. From here on the optimizer takes no norm again in float64 where
+        rounding is large beside it, as nobody can look at a captured one: such a record is clipped shorter than it
         would be otherwise, never longer.
     """
 
@@ -77,7 +78,13 @@ class CapturedBatches:
         self._alike = 0  # batches of that kind in a row
         self._graph: _Graph | None = None  # of such a batch
         self._static: list[Tensor] = []  # that it reads: inputs and mask
-        self._reason = ""  # why nothing is captured
+        self._reason = _why_no_graph(self._device)  # why nothing is captured
+        if isinstance(optimizer.clipping, AdaptiveClipping):
+            self._reason = "adaptive clipping has another bound at every step"
+        if self._reason:
+            warnings.warn(f"batches are not captured: {self._reason}", stacklevel=2)
+        else:
+            optimizer.clipping.second_look = False
 
     def __call__(self, *inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Forward, backward, and the clipped sum of one batch.
@@ -91,7 +98,7 @@ class CapturedBatches:
             The losses ``[N]``, without their graph, zero where a row is padding. Not noised: for the curator only.
         """
         mask = self.optimizer.mask if mask is None else mask
-        if self._why_not():
+        if self._reason or self.optimizer.capture.first_batch.waiting:
             return self._eagerly(inputs, mask)
         kind = self._kind_of(inputs, mask)
         if kind != self._kind:
@@ -108,19 +115,6 @@ class CapturedBatches:
         records = len(losses) if mask is None else int(mask.sum())
         self.optimizer.add_replayed([(p, total.clone()) for p, total in sums.items()], records)
         return losses.clone()
-
-    def _why_not(self) -> bool:
-        """Whether this batch must not be captured; warns where none ever will be."""
-        optimizer = self.optimizer
-        if optimizer.capture.first_batch.waiting:
-            return True
-        if not self._reason:
-            self._reason = _why_no_graph(self._device)
-            if isinstance(optimizer.clipping, AdaptiveClipping):
-                self._reason = "adaptive clipping has another bound at every step"
-            if self._reason:
-                warnings.warn(f"batches are not captured: {self._reason}", stacklevel=4)
-        return bool(self._reason)
 
     def _kind_of(self, inputs: tuple[Tensor, ...], mask: Tensor | None) -> Any:
         """What is captured with a batch, and must be the same for its graph to be of use."""

@@ -18,7 +18,7 @@ from .. import ops
 from ..ops.norm import product_depth
 from .gradients import Gradient
 from .keystream import Stream
-from .precision import STILL_COUNTED, is_captured
+from .precision import STILL_COUNTED
 
 # Where the error bound of a squared norm is more than this part of it, the norm is taken again in float64: otherwise
 # the record would be clipped by more than half of that too short.
@@ -26,19 +26,21 @@ _LOOSE = 0.01
 _GRAM_NUMBERS = 2**22  # float64 numbers of Gram matrices held at a time
 
 
-def bounded_norms(gradients: Sequence[Gradient], harmless: float = 0.0) -> tuple[Tensor, Tensor]:
+def bounded_norms(
+    gradients: Sequence[Gradient], harmless: float = 0.0, second_look: bool = True
+) -> tuple[Tensor, Tensor]:
     """Squared norms ``[L, N]`` of L parameters' gradients and bounds ``[L, N]`` of their errors.
 
     A record whose errors are large beside its norm, as where a Gram sum cancels, is taken again in float64; each
     record by what it is itself, whatever else is in the batch. One whose bound is no longer than ``harmless`` is
-    left alone. Where a graph is captured all are: they keep the wider bound.
+    left alone. Without a ``second_look`` all are: they keep the wider bound, and no value is looked at.
     """
     terms = [g.norm_sq() for g in gradients]
     dtype = torch.float64 if any(n.dtype == torch.float64 for n, _ in terms) else torch.float32
     norm_sq, error = torch.stack([n.to(dtype) for n, _ in terms]), torch.stack([e.to(dtype) for _, e in terms])
     total, uncertain = norm_sq.sum(0), error.sum(0)
     loose = (uncertain > _LOOSE * total) & (total + uncertain > harmless**2) & uncertain.isfinite()
-    if dtype == torch.float64 or is_captured(loose) or not bool(loose.any()):
+    if dtype == torch.float64 or not second_look or not bool(loose.any()):
         return norm_sq, error
     for row, gradient in enumerate(gradients):
         # What has one position is multiplied in float32 after all, with operands rounded as its error says; and what is
@@ -67,10 +69,14 @@ class FlatClipping:
             instead of the norm as computed. Off, a record may exceed the bound by rounding: for comparisons only.
 
     Attributes:
+        second_look: take norms again in float64 where rounding would clip a record much too short. Which records that
+            is must be looked at, which a captured batch cannot be (:mod:`.captured`); it is for all batches or for
+            none, as a record's factor must not depend on the batches before.
         count: a number that each record of the pending sum adds to, for modes that release one (with noise).
     """
 
     count_rounding: bool = True
+    second_look: bool = field(default=True, init=False, repr=False)
     count: float = field(default=0.0, init=False, repr=False)
 
     def sensitivity(self, max_grad_norm: float) -> float:
@@ -94,7 +100,7 @@ class FlatClipping:
         """
         found: dict[Any, Tensor] = {}
         for own, bound in self._groups(gradients, max_grad_norm):
-            norm_sq, error = bounded_norms(list(own.values()), self._harmless(bound / scale))
+            norm_sq, error = bounded_norms(list(own.values()), self._harmless(bound / scale), self.second_look)
             if not self.count_rounding:
                 error = torch.zeros_like(error)
             factors = self._rule(norm_sq, error, bound, scale)

@@ -40,12 +40,6 @@ def autocast_as(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
 
-def is_captured(x: Tensor) -> bool:
-    """Whether ``x`` is to be computed by a graph that is being captured (:mod:`.captured`): its values are not there to
-    be looked at."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def records_at_most(expected: float) -> int:
     """Records that a Poisson draw of ``expected`` ones exceeds with probability below 2^-64.
 

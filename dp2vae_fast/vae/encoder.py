@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..engine.keystream import Stream
 from ..runs.checkpoint import RunError, load_checkpoint
-from .data import ImageData, load_images, record_digests
-from .loop import make_optimizer
+from .data import ImageData, load_images, record_digests, to_unit
+from .loop import RecordLosses, make_optimizer
 from .losses import negative_elbo, reconstruction
 from .models import VAE, Decoder, Encoder, ModelSpec, build_decoder, build_encoder
 from .moments import ClassMeans, LinearModel, class_means, covariance, enlarge, thumbnail_shape
@@ -103,9 +103,7 @@ def _fit_dp(stage: Stage) -> Pretrained:
     optimizer = make_optimizer("adam", vae, optimization.pretrain_learning_rate)
     noise = stage.keys.generator(f"{mechanism.name}/latents")
 
-    def losses(module: nn.Module, indices: Tensor) -> Tensor:
-        return _elbo(stage, module, stage.train, indices, noise)
-
+    losses = _elbo(stage, stage.train, noise)
     stage.run_dp_sgd(mechanism, vae, optimizer, losses, parts={"latents": GeneratorState(noise)})
     return Pretrained(vae.encoder, vae.decoder)
 
@@ -229,22 +227,32 @@ def _fit_without_noise(stage: Stage, data: ImageData) -> Encoder:
     noise = stage.keys.generator("pre-training")
     size = min(stage.config.privacy.expected_batch_size, len(data))
 
+    losses = _elbo(stage, data, noise)
+
     def loss() -> Tensor:
-        indices = torch.randint(len(data), (size,), generator=noise).to(stage.device)
-        return _elbo(stage, vae, data, indices, noise).mean()
+        fetched = losses.fetch(torch.randint(len(data), (size,), generator=noise))
+        return losses.compute(vae, *(x.to(stage.device) for x in fetched)).mean()
 
     parts = {"vae": vae, "draws": GeneratorState(noise)}
     stage.run_ordinary("pre-training", stage.config.privacy.pretrain_steps, optimizer, loss, parts=parts)
     return vae.encoder
 
 
-def _elbo(stage: Stage, vae: nn.Module, data: ImageData, indices: Tensor, noise: torch.Generator) -> Tensor:
-    """Negative ELBO of each of the records at ``indices``: ``[B]``."""
-    images, labels = data.batch(indices)
-    eps = torch.randn(len(indices), stage.spec.latent_dim, generator=noise).to(indices.device)
-    output, mean, log_variance = vae(images, labels if stage.spec.num_classes else None, eps)
+def _elbo(stage: Stage, data: ImageData, noise: torch.Generator) -> RecordLosses:
+    """Negative ELBO of each record of ``data``."""
     model = stage.config.model
-    return negative_elbo(output, images, mean, log_variance, likelihood=model.likelihood, beta=model.beta)
+
+    def fetch(indices: Tensor) -> tuple[Tensor, ...]:
+        images, labels = data.rows(indices)
+        eps = torch.randn(len(indices), stage.spec.latent_dim, generator=noise)
+        return images, eps, *(() if labels is None or not stage.spec.num_classes else (labels,))
+
+    def compute(vae: nn.Module, images: Tensor, eps: Tensor, labels: Tensor | None = None) -> Tensor:
+        images = to_unit(images)
+        output, mean, log_variance = vae(images, labels, eps)
+        return negative_elbo(output, images, mean, log_variance, likelihood=model.likelihood, beta=model.beta)
+
+    return RecordLosses(fetch, compute)
 
 
 def _fresh(stage: Stage, build: Callable[[ModelSpec], M]) -> M:

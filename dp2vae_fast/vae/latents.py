@@ -54,8 +54,8 @@ class LatentCache:
         return cls(torch.from_numpy(values).reshape(len(data), 2, -1))
 
     def posterior(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the records at ``indices [B]``, each ``[B, latent_dim]``, on the indices' device."""
-        mean, log_variance = self.values[indices.cpu()].to(indices.device).unbind(1)
+        """Mean and log-variance of the records at ``indices [B]``, each ``[B, latent_dim]``."""
+        mean, log_variance = self.values[indices].unbind(1)
         return mean, log_variance
 
 
@@ -66,20 +66,32 @@ def decoder_losses(
     the batch, and what the decoder then misses of the image."""
     samples = model.iwae_samples
 
-    def losses(module: nn.Module, indices: Tensor) -> Tensor:
-        images, labels = data.batch(indices)
-        mean, log_variance = (x.repeat_interleave(samples, 0) for x in latents.posterior(indices))
-        z = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=noise).to(mean.device)
-        labels = None if labels is None or not spec.num_classes else labels.repeat_interleave(samples, 0)
-        images = images.repeat_interleave(samples, 0)
+    def fetch(indices: Tensor) -> tuple[Tensor, ...]:
+        images, labels = data.rows(indices)
+        mean, log_variance = latents.posterior(indices)
+        normal = torch.randn(len(indices) * samples, mean.shape[1], generator=noise)
+        return images, mean, log_variance, normal, *(() if labels is None or not spec.num_classes else (labels,))
+
+    def compute(
+        module: nn.Module,
+        images: Tensor,
+        mean: Tensor,
+        log_variance: Tensor,
+        normal: Tensor,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        shape = (len(images), samples)
+        mean, log_variance = mean.repeat_interleave(samples, 0), log_variance.repeat_interleave(samples, 0)
+        z = mean + (0.5 * log_variance).exp() * normal
+        labels = None if labels is None else labels.repeat_interleave(samples, 0)
+        images = to_unit(images).repeat_interleave(samples, 0)
         missed = reconstruction(module(z, labels), images, spec.likelihood)
         if samples == 1:
             return missed
-        shape = (len(indices), samples)
         posterior = (mean.unflatten(0, shape)[:, 0], log_variance.unflatten(0, shape)[:, 0])
         return negative_iwae(missed.reshape(shape), z.unflatten(0, shape), *posterior, beta=model.beta)
 
-    return losses
+    return RecordLosses(fetch, compute)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..engine.accounting import Mechanism
+from ..engine.captured import CapturedBatches
 from ..engine.keystream import Keystream
 from ..engine.plan import Plan
 from ..engine.privacy_engine import PrivacyEngine
@@ -22,9 +24,19 @@ from ..engine.sampling import PhysicalBatch, PoissonBatches
 from ..runs.ledger import Ledger
 from .opacus_step import privatize_with_opacus
 
-RecordLosses = Callable[[nn.Module, Tensor], Tensor]
-"""``(module, indices [B]) -> losses [B]``: one loss a record, summed over its pixels, as large as its
-gradient is to be clipped."""
+
+@dataclass(frozen=True)
+class RecordLosses:
+    """One loss a record, summed over its pixels, as large as its gradient is to be clipped; in two halves, so that a
+    device computes the second while the first goes on with the next batch, and so that the second can be captured.
+
+    Args:
+        fetch: ``(indices [B]) -> tensors [B, ...]``, all on the CPU. It may only look at these records.
+        compute: ``(module, *tensors) -> losses [B]``, where the module is; nothing but computing.
+    """
+
+    fetch: Callable[[Tensor], tuple[Tensor, ...]]
+    compute: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,19 +98,21 @@ def dp_sgd(
     engine: str = "fused",
     physical_batch_size: int = 256,
     plan: Plan | None = None,
+    compile: str = "none",
     first_step: int = 0,
     on_step: Callable[[StepInfo], None] | None = None,
 ) -> None:
     """Train ``module`` in place by DP-SGD, from step ``first_step`` up to ``dp.steps``.
 
     Args:
-        record_losses: see :data:`RecordLosses`; may only look at the records it is asked for.
+        record_losses: see :class:`RecordLosses`.
         keystream: noise and coins. Step s uses the s-th position of both, whoever has run the steps before.
         ledger: is told of a step before anything of it is drawn.
         engine: ``"fused"``, or ``"opacus"`` for the same loop through Opacus' own per-sample gradients.
         physical_batch_size: rows in memory at a time. It changes neither what is drawn nor what is accounted; the
-            result changes by rounding, and where ``record_losses`` draws by place, by what each row gets.
+            result changes by rounding, and where ``fetch`` draws by place, by what each row gets.
         plan: how the fused engine takes per-sample gradients; changes the result by rounding.
+        compile: ``"graph"`` captures physical batches as a CUDA graph (:mod:`..engine.captured`), or says why not.
         first_step: how many steps count as spent already.
         on_step: hears of every finished step; what it raises ends the loop between two steps.
     """
@@ -113,12 +127,16 @@ def dp_sgd(
     coins.advance_to(0, coin_step=first_step)
     private_optimizer.stream.advance_to(first_step)
     device = next(module.parameters()).device
+    captured = None
+    if compile == "graph":
+        captured = CapturedBatches(private_optimizer, partial(record_losses.compute, private_module))
 
     private_module.train()
     try:
         for step in range(first_step, dp.steps):
             ledger.reserve(dp.mechanism, step + 1, last=dp.steps)
-            loss, records = step_on(private_module, private_optimizer, record_losses, next(batches), device)
+            draw = next(batches)
+            loss, records = step_on(private_module, private_optimizer, record_losses, draw, device, captured)
             if on_step is not None:
                 on_step(StepInfo(step + 1, loss / max(records, 1), records))
     finally:
@@ -131,15 +149,21 @@ def step_on(
     record_losses: RecordLosses,
     draw: Iterable[PhysicalBatch],
     device: torch.device,
+    captured: CapturedBatches | None = None,
 ) -> tuple[Tensor, int]:
     """One step on one draw, from its first forward to the optimizer's step: the sum of its losses (for the curator's
-    eyes only) and the number of its records."""
+    eyes only) and the number of its records. Nothing here waits for the device."""
     loss, records = torch.zeros((), device=device), 0
     for physical in draw:
-        mask = physical.mask.to(device)
-        losses = record_losses(private_module, physical.indices.to(device))
-        losses = torch.where(mask, losses, 0.0)
-        losses.mean().backward()
+        fetched = record_losses.fetch(physical.indices)
+        if device.type == "cuda":  # copies from pinned memory go on by themselves
+            fetched = tuple(x.pin_memory() for x in fetched)
+        if captured is not None:
+            losses = captured(*fetched, mask=physical.mask)
+        else:
+            losses = record_losses.compute(private_module, *(x.to(device, non_blocking=True) for x in fetched))
+            losses = torch.where(physical.mask.to(device), losses, 0.0)
+            losses.mean().backward()
         private_optimizer.signal_skip_step(do_skip=not physical.last)
         private_optimizer.step()
         private_optimizer.zero_grad(set_to_none=True)

@@ -149,10 +149,12 @@ class Stage:
             stopping = self.stop.requested
             checkpoint = stopping or info.step % performance.checkpoint_every == 0 or info.step == dp.steps
             spent = self.spent_epsilon() if checkpoint else None
-            row = {"stage": dp.name, "step": info.step, "records": info.records, "loss": float(info.loss)}
+            row = {"stage": dp.name, "step": info.step, "records": info.records, "loss": info.loss}
             self.history.append(row | {"epsilon": spent if spent is None or math.isfinite(spent) else None})
             self.observer(Progress(dp.name, info.step, dp.steps, info.records, spent, info.loss))
             if checkpoint:
+                for waiting in self.history:  # only now, as it waits for the device
+                    waiting["loss"] = float(waiting["loss"])
                 self._save(file, every, info.step)
             if stopping:
                 ledger.settle(dp.mechanism, info.step)
@@ -168,6 +170,7 @@ class Stage:
             engine=performance.engine,
             physical_batch_size=performance.physical_batch_size,
             plan=plan_of(self.config),
+            compile=performance.compile,
             first_step=first_step,
             on_step=after,
         )

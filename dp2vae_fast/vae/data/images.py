@@ -48,11 +48,10 @@ class ImageData:
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images float [B, C, H, W] in [0, 1] and labels [B] of the records at ``indices``, on the indices' device."""
-        rows = indices.to(self.images.device)
-        labels = None if self.labels is None else self.labels[rows].to(indices.device)
-        return to_unit(self.images[rows].to(indices.device)), labels
+    def rows(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images uint8 [B, C, H, W], of which :func:`to_unit` makes floats, and labels [B] of the records at
+        ``indices``."""
+        return self.images[indices], None if self.labels is None else self.labels[indices]
 
     def subset(self, indices: Tensor) -> ImageData:
         """The records at ``indices`` (int64 [M]), in that order, with a digest of their own."""
