@@ -186,6 +186,42 @@ void pack_pixels(const Product& p, const Layout& l, const T* from, int64_t count
                  width);
 }
 
+// Whether the numbers that a row of taps reads lie together in memory.
+DP2VAE_INLINE bool taps_lie_together(const Product& p) {
+  return (p.channels == 1 || p.spread.channel == 1) && p.dilation[2] * p.spread.axis[2] == p.channels;
+}
+
+// All columns of a group, taps times channels, in runs of one row of taps: whole ones for positions in
+// [begin, end).
+template <class T>
+void pack_runs(const Product& p, const T* from, float* to, int64_t width) {
+  const Operand& o = p.spread;
+  const int64_t run = p.kernel[2] * p.channels, hop = p.stride[2] * o.axis[2];
+  const Span whole =
+      inside(p.grid[2], p.stride[2], -p.padding[2], p.size[2] - (p.kernel[2] - 1) * p.dilation[2]);
+  const int64_t begin = whole.begin, end = whole.begin + whole.count;
+  for (int64_t z = 0; z < p.grid[0]; ++z)
+    for (int64_t y = 0; y < p.grid[1]; ++y, to += p.grid[2] * width)
+      for (int64_t row = 0; row < p.kernel[0] * p.kernel[1]; ++row) {
+        const int64_t i = z * p.stride[0] + row / p.kernel[1] * p.dilation[0] - p.padding[0];
+        const int64_t j = y * p.stride[1] + row % p.kernel[1] * p.dilation[1] - p.padding[1];
+        if (i < 0 || i >= p.size[0] || j < 0 || j >= p.size[1]) continue;
+        const T* pixels = from + i * o.axis[0] + j * o.axis[1] - p.padding[2] * o.axis[2];
+        float* out = to + row * run;
+        const auto part = [&](int64_t x) {
+          const Span tap = inside(p.kernel[2], p.dilation[2], x * p.stride[2] - p.padding[2], p.size[2]);
+          copy_run(pixels + x * hop + tap.begin * p.channels, tap.count * p.channels,
+                   out + x * width + tap.begin * p.channels);
+        };
+        for (int64_t x = 0; x < begin; ++x) part(x);
+        if (run == 4)
+          for (int64_t x = begin; x < end; ++x) copy_run(pixels + x * hop, 4, out + x * width);
+        else
+          for (int64_t x = begin; x < end; ++x) copy_run(pixels + x * hop, run, out + x * width);
+        for (int64_t x = end; x < p.grid[2]; ++x) part(x);
+      }
+}
+
 // Columns [first, first + count) of a group, of the taps times channels that there are, to columns of a slab.
 template <class T>
 void pack_unfolded(const Product& p, const T* from, int64_t first, int64_t count, float* to, int64_t width) {
@@ -216,7 +252,9 @@ void pack_spread(const Product& p, const Layout& l, int64_t n, int64_t place, in
       const int64_t count = l.columns - first < width ? l.columns - first : width;
       float* to = packed + ((g * l.vectors + v.begin) * block + place * v.count) * kWidth * l.slots;
       const T* from = data + g * p.channels * p.spread.channel;
-      if (l.unfolded)
+      if (l.unfolded && count == l.columns && taps_lie_together(p))
+        pack_runs(p, from, to, width);
+      else if (l.unfolded)
         pack_unfolded(p, from, first, count, to, width);
       else
         pack_pixels(p, l, from + first * p.spread.channel, count, to, width);
