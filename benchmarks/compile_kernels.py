@@ -30,7 +30,7 @@ from typing import Any
 import dp2vae_fast.kernels as kernels
 import torch
 import triton
-from dp2vae_fast.kernels import _common, affine, blocks, clip, gradient, noise, norm, patch
+from dp2vae_fast.kernels import _common, affine, blocks, clip, gradient, noise, norm, patch, weighted
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -69,6 +69,7 @@ def cases() -> Iterator[Case]:
     yield Case("fp32", lambda: noise._add_noise(lists[0], *draw))
     yield Case("momentum", lambda: noise._noise_sgd(*lists[:3], *draw, 0.5, 0.1, 0.9, 0.0, 0.1, False, False, False))
     yield Case("AdamW", lambda: noise._noise_adam(*lists[:4], [], *draw, *adam, True, False))
+    yield Case("512 records", lambda: weighted._kept_weighted_sum(empty(512, 65536), empty(512)))
     yield Case("Adam, amsgrad", lambda: noise._noise_adam(*lists, *draw, *adam, False, False))
     for kind, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
 
@@ -95,6 +96,12 @@ def cases() -> Iterator[Case]:
         yield Case(kind, lambda a=a, b=b: gradient._linear_direct_norm_sq(a, b), **how)
         yield Case(f"{kind}, windows", lambda x=image, y=output: patch._conv_norm_sq(x, y, *conv), **how)
         yield Case(f"{kind}, windows", lambda x=image, y=output: gradient._conv_kept(x, y, *conv), **how)
+        for t in (16, 64, 256):
+            call = lambda a=a, b=b, t=t: weighted._linear_weighted_sum(a[:, :t], b[:, :t], empty(2))  # noqa: E731
+            yield Case(f"{kind}, {t} positions", call, **how)
+        yield Case(
+            f"{kind}, windows", lambda x=image, y=output: weighted._conv_weighted_sum(x, y, empty(2), *conv), **how
+        )
 
 
 @dataclass(frozen=True)

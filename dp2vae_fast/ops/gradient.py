@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import op
-from .norm import _gamma, conv_roles, grad_sample_norm_sq, native_convolution, native_product
+from .norm import _gamma, conv_roles, grad_sample_norm_sq, native_convolution, native_product, product_depth
 
 
 def masked(x: Tensor, factors: Tensor) -> Tensor:
@@ -39,7 +39,8 @@ def _direct_norms(values: Tensor, reach: Tensor, positions: int, dtype: torch.dt
     """Norms of float64 products ``values``, of terms whose lengths add up to ``sqrt(reach)`` in every record."""
     exact, exact_error = grad_sample_norm_sq.reference(values)
     norm_sq = exact.to(dtype)
-    error = _gamma(2 * positions + 2, norm_sq) * (exact + reach) + exact_error + torch.finfo(dtype).tiny
+    depth = positions if values.device.type == "cpu" else max(positions, product_depth(positions, values.device))
+    error = _gamma(2 * depth + 2, norm_sq) * (exact + reach) + exact_error + torch.finfo(dtype).tiny
     return norm_sq, error.to(dtype)
 
 
