@@ -116,17 +116,28 @@ class Compiled:
     stack: int
     mma: str
 
-    def faults(self, case: Case, products: bool, ptx: str, contracts: bool) -> Iterator[str]:
+    def faults(self, case: Case, products: bool, asm: dict[str, str], contracts: bool) -> Iterator[str]:
         if self.stack:
             yield f"{self.stack} bytes a thread on the stack: registers are spilled"
         if self.shared > SHARED_LIMIT[self.architecture]:
             yield f"{self.shared} bytes of shared memory, more than {SHARED_LIMIT[self.architecture]}"
         if case.mma and products and not self.mma:
             yield "no product on the tensor cores"
+        if self.kernel == "weighted" and not chunks_are_apart(asm["ttir"]):
+            yield "the compiler adds a chunk of a product to the accumulator of another"
+        ptx = asm.get("ptx", "")
         if re.search(r"\b(?:mul|add|sub|fma|sqrt|div)\.\S*ftz", ptx):
             yield "small numbers are flushed to zero"
         if not contracts and re.search(r"\bfma\.rn\.f32\b|\b(?:mul|add|sub)\.f32\b", ptx):
             yield "multiplications and additions are, or may be, contracted"
+
+
+def chunks_are_apart(ttir: str) -> bool:
+    """Whether every product begins at zero or goes on with another: Triton makes ``x + tl.dot(a, b)`` one instruction
+    with x for its accumulator, and a term would pass through more roundings than are counted."""
+    dots = re.findall(r"(%\S+) = tt\.dot %\S+, %\S+, (%\w+)", ttir)
+    zeros = re.findall(r"(%\w+) = arith\.constant dense<0\.0+e\+00> : tensor", ttir)
+    return bool(dots) and all(start in zeros or start in dict(dots) for _, start in dots)
 
 
 def cuobjdump(how: str, cubin: bytes) -> str:
@@ -155,7 +166,7 @@ def examined(compiled: Any, case: Case, architecture: str) -> tuple[Compiled, li
     name, shared = compiled.metadata.name.removesuffix("_kernel"), compiled.metadata.shared
     result = Compiled(name, case.name, architecture, registers, shared, stack, products_by)
     contracts = compiled.metadata.enable_fp_fusion
-    return result, list(result.faults(case, has_dot, compiled.asm.get("ptx", ""), contracts))
+    return result, list(result.faults(case, has_dot, compiled.asm, contracts))
 
 
 class NoDriver:

@@ -44,14 +44,17 @@ _DEFAULT: dict[str, list[tuple[int, Options]]] = {
     "product ieee": [(ANY, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=8, num_stages=3))],
     "product tf32": [(ANY, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=32, num_warps=8, num_stages=3))],
     "product narrow": [(ANY, dict(BLOCK_P=64, BLOCK_D=128, BLOCK_T=64, num_warps=8, num_stages=3))],
-    "weighted ieee": [(ANY, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=8, num_stages=3))],
+    "weighted ieee": [
+        (16, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=8, num_stages=4)),
+        (ANY, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=8, num_stages=3)),
+    ],
     "weighted tf32": [
-        (16, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=4, num_stages=3)),
-        (ANY, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=32, num_warps=4, num_stages=3)),
+        (16, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=4, num_stages=4)),
+        (ANY, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=32, num_warps=8, num_stages=3)),
     ],
     "weighted narrow": [
-        (16, dict(BLOCK_P=64, BLOCK_D=128, BLOCK_T=16, num_warps=4, num_stages=3)),
-        (ANY, dict(BLOCK_P=64, BLOCK_D=128, BLOCK_T=32, num_warps=4, num_stages=3)),
+        (16, dict(BLOCK_P=64, BLOCK_D=128, BLOCK_T=16, num_warps=8, num_stages=4)),
+        (ANY, dict(BLOCK_P=64, BLOCK_D=128, BLOCK_T=32, num_warps=8, num_stages=3)),
     ],
     "kept": [(ANY, dict(ROWS=8, BLOCK=256, num_warps=4))],
     "add_parts": [(ANY, dict(ROWS=32, BLOCK=64, num_warps=4))],

@@ -129,9 +129,9 @@ def rows_of(gradient: Gradient, rows: Tensor) -> Gradient:
 
 
 def gradients() -> list[Gradient]:
-    decoder = next(s for s in SHAPES if s.name == "decoder")
+    shape = next(s for s in SHAPES if s.name == "transposed, all at once")
     values = torch.randn(5, 300, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    return [LinearProduct(*pair(70, 20, 12, records=5)), on_device(conv_product(decoder)), Kept(values)]
+    return [LinearProduct(*pair(70, 20, 12, records=5)), on_device(conv_product(shape)), Kept(values)]
 
 
 @pytest.mark.parametrize("gradient", gradients(), ids=lambda g: type(g).__name__)
@@ -177,7 +177,7 @@ def test_no_adversarial_record_adds_more_than_the_bound(way: str, dtype: torch.d
     generator = torch.Generator().manual_seed(0)
 
     def operands(positions: int, features: int) -> list[Tensor]:
-        return [x[:30].to(dtype).to(DEVICE) for x in adversarial(generator, positions, features, 4.0)]
+        return [x[:15].to(dtype).to(DEVICE) for x in adversarial(generator, positions, features, 4.0)]
 
     maps = [x.mT.unflatten(2, (4, 4)) for x in operands(16, 3)]
     products = [
@@ -194,7 +194,7 @@ def test_no_adversarial_record_adds_more_than_the_bound(way: str, dtype: torch.d
                 one = rows_of(product, torch.tensor([n]))
                 squares[n] += one.weighted_sum(factors[n : n + 1]).double().square().sum()
     assert bool((squares.sqrt() <= bound).all())
-    assert int((factors > 0).sum()) > 15 and float(squares.max().sqrt()) > 0.5 * bound
+    assert int((factors > 0).sum()) > 7 and float(squares.max().sqrt()) > 0.5 * bound
 
 
 @triton.jit

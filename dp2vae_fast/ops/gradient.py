@@ -4,8 +4,9 @@ A layer that uses its weight at T positions has, for record n, the weight gradie
 activations[n, t]``. ``*_kept`` returns ``G`` with its norms, ``*_direct_norm_sq`` its norms alone, ``*_weighted_sum``
 ``sum_n factors[n] G[n]``.
 
-Guarantee, of all three: record n has a part that depends on that record alone. The native kernels form it in float32,
-bit for bit the same in all three ops, so that a direct norm is that of what is added up afterwards. The references of
+Guarantee, of all three: record n has a part that depends on that record alone. The C++ kernels form it in float32, bit
+for bit the same in all three ops, so that a direct norm is that of what is added up afterwards. The Triton kernels of
+sums form it in float32 too, by an order of their own, which the ``error`` of direct norms counts. The references of
 direct norms and weighted sums multiply and add in float64; there ``error`` counts float32's roundings all the same,
 which bounds the lengths of terms that cancel (:func:`~..engine.precision.sum_rounding`). Each term of a product passes
 through :func:`~.norm.product_depth` roundings at most. The parts of up to 2,048 records are added up such that none
