@@ -99,6 +99,8 @@ def cases() -> Iterator[Case]:
         for t in (16, 64, 256):
             call = lambda a=a, b=b, t=t: weighted._linear_weighted_sum(a[:, :t], b[:, :t], empty(2))  # noqa: E731
             yield Case(f"{kind}, {t} positions", call, **how)
+        odd = empty(300, 137, 19, dtype=dtype), empty(300, 137, 7, dtype=dtype), empty(300)
+        yield Case(f"{kind}, odd sizes", lambda odd=odd: weighted._linear_weighted_sum(*odd), **how)
         yield Case(
             f"{kind}, windows", lambda x=image, y=output: weighted._conv_weighted_sum(x, y, empty(2), *conv), **how
         )
