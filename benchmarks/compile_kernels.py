@@ -30,7 +30,7 @@ from typing import Any
 import dp2vae_fast.kernels as kernels
 import torch
 import triton
-from dp2vae_fast.kernels import _common, affine, blocks, clip, gradient, noise, norm, patch
+from dp2vae_fast.kernels import _common, affine, blocks, clip, gradient, noise, norm, patch, weighted
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -69,6 +69,7 @@ def cases() -> Iterator[Case]:
     yield Case("fp32", lambda: noise._add_noise(lists[0], *draw))
     yield Case("momentum", lambda: noise._noise_sgd(*lists[:3], *draw, 0.5, 0.1, 0.9, 0.0, 0.1, False, False, False))
     yield Case("AdamW", lambda: noise._noise_adam(*lists[:4], [], *draw, *adam, True, False))
+    yield Case("512 records", lambda: weighted._kept_weighted_sum(empty(512, 65536), empty(512)))
     yield Case("Adam, amsgrad", lambda: noise._noise_adam(*lists, *draw, *adam, False, False))
     for kind, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
 
@@ -95,6 +96,14 @@ def cases() -> Iterator[Case]:
         yield Case(kind, lambda a=a, b=b: gradient._linear_direct_norm_sq(a, b), **how)
         yield Case(f"{kind}, windows", lambda x=image, y=output: patch._conv_norm_sq(x, y, *conv), **how)
         yield Case(f"{kind}, windows", lambda x=image, y=output: gradient._conv_kept(x, y, *conv), **how)
+        for t in (16, 64, 256):
+            call = lambda a=a, b=b, t=t: weighted._linear_weighted_sum(a[:, :t], b[:, :t], empty(2))  # noqa: E731
+            yield Case(f"{kind}, {t} positions", call, **how)
+        odd = empty(300, 137, 19, dtype=dtype), empty(300, 137, 7, dtype=dtype), empty(300)
+        yield Case(f"{kind}, odd sizes", lambda odd=odd: weighted._linear_weighted_sum(*odd), **how)
+        yield Case(
+            f"{kind}, windows", lambda x=image, y=output: weighted._conv_weighted_sum(x, y, empty(2), *conv), **how
+        )
 
 
 @dataclass(frozen=True)
@@ -109,17 +118,28 @@ class Compiled:
     stack: int
     mma: str
 
-    def faults(self, case: Case, products: bool, ptx: str, contracts: bool) -> Iterator[str]:
+    def faults(self, case: Case, products: bool, asm: dict[str, str], contracts: bool) -> Iterator[str]:
         if self.stack:
             yield f"{self.stack} bytes a thread on the stack: registers are spilled"
         if self.shared > SHARED_LIMIT[self.architecture]:
             yield f"{self.shared} bytes of shared memory, more than {SHARED_LIMIT[self.architecture]}"
         if case.mma and products and not self.mma:
             yield "no product on the tensor cores"
+        if self.kernel == "weighted" and not chunks_are_apart(asm["ttir"]):
+            yield "the compiler adds a chunk of a product to the accumulator of another"
+        ptx = asm.get("ptx", "")
         if re.search(r"\b(?:mul|add|sub|fma|sqrt|div)\.\S*ftz", ptx):
             yield "small numbers are flushed to zero"
         if not contracts and re.search(r"\bfma\.rn\.f32\b|\b(?:mul|add|sub)\.f32\b", ptx):
             yield "multiplications and additions are, or may be, contracted"
+
+
+def chunks_are_apart(ttir: str) -> bool:
+    """Whether every product begins at zero or goes on with another: Triton makes ``x + tl.dot(a, b)`` one instruction
+    with x for its accumulator, and a term would pass through more roundings than are counted."""
+    dots = re.findall(r"(%\S+) = tt\.dot %\S+, %\S+, (%\w+)", ttir)
+    zeros = re.findall(r"(%\w+) = arith\.constant dense<0\.0+e\+00> : tensor", ttir)
+    return bool(dots) and all(start in zeros or start in dict(dots) for _, start in dots)
 
 
 def cuobjdump(how: str, cubin: bytes) -> str:
@@ -148,7 +168,7 @@ def examined(compiled: Any, case: Case, architecture: str) -> tuple[Compiled, li
     name, shared = compiled.metadata.name.removesuffix("_kernel"), compiled.metadata.shared
     result = Compiled(name, case.name, architecture, registers, shared, stack, products_by)
     contracts = compiled.metadata.enable_fp_fusion
-    return result, list(result.faults(case, has_dot, compiled.asm.get("ptx", ""), contracts))
+    return result, list(result.faults(case, has_dot, compiled.asm, contracts))
 
 
 class NoDriver:

@@ -6,3 +6,4 @@ from . import gradient as gradient
 from . import noise as noise
 from . import norm as norm
 from . import patch as patch
+from . import weighted as weighted

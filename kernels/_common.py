@@ -15,15 +15,11 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from dp2vae_fast.ops.norm import _gamma
+from dp2vae_fast.ops.norm import MMA_ROUNDINGS, _gamma
 
 INTERPRETED: bool = knobs.runtime.interpret  # as when the kernels are decorated, that is now
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TINY = torch.finfo(torch.float32).tiny
-# What a term of a sum loses on tensor cores, in units of 2^-24 an addition. They align the few products of one
-# instruction (4 or more) to the largest and cut off what lies below, then cut off their sum: at most 2^-23 for each of
-# 4 products and the accumulator, or 2.5 units a product (Fasi, Higham, Mikaitis and Pranesh 2021).
-_MMA_ROUNDINGS = 3
 # TF32 products read the upper bits of float32 operands: cut off, not rounded, they are off by at most this.
 _TF32_CUT = 2.0**-10
 
@@ -72,7 +68,7 @@ class Dot:
 
     def depth(self, length: int) -> int:
         """Roundings, in units of 2^-24, that a term of a sum of ``length`` products passes through at most."""
-        return length * (_MMA_ROUNDINGS if self.mma else 1)
+        return length * (MMA_ROUNDINGS if self.mma else 1)
 
 
 def slowest(*dots: Dot) -> str:

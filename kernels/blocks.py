@@ -44,6 +44,22 @@ _DEFAULT: dict[str, list[tuple[int, Options]]] = {
     "product ieee": [(ANY, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=8, num_stages=3))],
     "product tf32": [(ANY, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=32, num_warps=8, num_stages=3))],
     "product narrow": [(ANY, dict(BLOCK_P=64, BLOCK_D=128, BLOCK_T=64, num_warps=8, num_stages=3))],
+    # A chunk of 64 positions is two products or more: one would be merged with the addition to what other chunks have.
+    "weighted ieee": [
+        (16, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=8, num_stages=4)),
+        (64, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=8, num_stages=2)),
+        (ANY, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=8, num_stages=2)),
+    ],
+    "weighted tf32": [
+        (16, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=4, num_stages=4)),
+        (ANY, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=32, num_warps=8, num_stages=3)),
+    ],
+    "weighted narrow": [
+        (16, dict(BLOCK_P=64, BLOCK_D=128, BLOCK_T=16, num_warps=8, num_stages=4)),
+        (ANY, dict(BLOCK_P=64, BLOCK_D=128, BLOCK_T=32, num_warps=8, num_stages=3)),
+    ],
+    "kept": [(ANY, dict(ROWS=8, BLOCK=256, num_warps=4))],
+    "add_parts": [(ANY, dict(ROWS=32, BLOCK=64, num_warps=4))],
     "reach": [(ANY, dict(BLOCK_T=16, BLOCK_K=128, num_warps=4))],
     "channels": [(16, dict(BLOCK_C=64, BLOCK_S=16, num_warps=4)), (ANY, dict(BLOCK_C=8, BLOCK_S=256, num_warps=4))],
     "group_norm": [(ANY, dict(BLOCK=128, num_warps=4))],

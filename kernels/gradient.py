@@ -41,6 +41,37 @@ def spread_at(pixel_at, tap, t, positions, position, inside, WINDOWS: tl.constex
 
 
 @triton.jit
+def operand_tiles(
+    row_at,
+    column_at,
+    pixel_at,
+    tap,
+    t,
+    t_inside,
+    row_inside,
+    column_inside,
+    positions,
+    plain_position,
+    spread_position,
+    WINDOWS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Both operands of a tile at positions t, ``[rows, t]`` and ``[t, columns]``; zero where there is none."""
+    left = tl.load(
+        row_at[:, None] + t.to(tl.int64)[None, :] * plain_position,
+        mask=row_inside[:, None] & t_inside[None, :],
+        other=0.0,
+    )
+    inside = t_inside[:, None] & column_inside[None, :]
+    at, inside = spread_at(pixel_at, tap[None, :], t[:, None], positions, spread_position, inside, WINDOWS)
+    right = tl.load(column_at[None, :] + at, mask=inside, other=0.0)
+    if UPCAST:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return left, right
+
+
+@triton.jit
 def product_kernel(
     plain,
     spread,
@@ -81,17 +112,10 @@ def product_kernel(
     total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     for first in range(0, positions, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
-        left = tl.load(
-            row_at[:, None] + t.to(tl.int64)[None, :] * plain_position,
-            mask=(row < rows)[:, None] & (t < positions)[None, :],
-            other=0.0,
+        left, right = operand_tiles(
+            *(row_at, column_at, pixel_at, tap, t, t < positions, row < rows, column < columns),
+            *(positions, plain_position, spread_position, WINDOWS, UPCAST),
         )
-        inside = (t < positions)[:, None] & (column < columns)[None, :]
-        at, inside = spread_at(pixel_at, tap[None, :], t[:, None], positions, spread_position, inside, WINDOWS)
-        right = tl.load(column_at[None, :] + at, mask=inside, other=0.0)
-        if UPCAST:
-            left = left.to(tl.float32)
-            right = right.to(tl.float32)
         total = tl.dot(left, right, total, input_precision=PRECISION)
     if KEEP:
         to = values + (matrix * rows + row.to(tl.int64))[:, None] * columns + column[None, :]
@@ -150,7 +174,7 @@ def reach_kernel(
     tl.store(diagonals + 2 * plane + pid, tl.sum(window_squares, 0))
 
 
-class _Product(NamedTuple):
+class Product(NamedTuple):
     """Operands ``[N, groups * rows, T]`` and ``[N, groups * channels, ...]``; ``pixel_at [taps, T]`` or None."""
 
     plain: Tensor
@@ -158,6 +182,11 @@ class _Product(NamedTuple):
     pixel_at: Tensor | None
     groups: int
     convolution: bool
+
+    def dot(self) -> Dot:
+        plain, spread = self.plain, self.spread
+        wider = plain if plain.dtype == torch.float32 else spread
+        return Dot(wider, self.convolution, upcast=plain.dtype != spread.dtype)
 
     def arguments(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...], tuple[int, int, int]]:
         """What both kernels take: operands, then sizes and steps; and (positions, rows, columns)."""
@@ -171,14 +200,12 @@ class _Product(NamedTuple):
         return (plain, spread, pixel_at), (*sizes, channels, self.groups, *plain_steps, *spread_steps), sizes
 
 
-def _formed(product: _Product, values: Tensor | None) -> tuple[Tensor, Tensor]:
+def _formed(product: Product, values: Tensor | None) -> tuple[Tensor, Tensor]:
     """Squared norms and errors; the gradients go to ``values`` where that is given."""
-    plain, spread, *_ = product
+    plain = product.plain
     operands, numbers, (positions, rows, columns) = product.arguments()
     groups = product.groups
-    dot = Dot(
-        plain if plain.dtype == torch.float32 else spread, product.convolution, upcast=plain.dtype != spread.dtype
-    )
+    dot = product.dot()
     options, final = blocks.choose(f"product {dot.kind}", plain), blocks.choose("finish", plain)
     row_tiles, column_tiles = math.ceil(rows / options["BLOCK_P"]), math.ceil(columns / options["BLOCK_D"])
     records, pieces = plain.shape[0], row_tiles * column_tiles
@@ -203,7 +230,8 @@ def _formed(product: _Product, values: Tensor | None) -> tuple[Tensor, Tensor]:
         bounds = relative_error(depth, plain), groups * rows * columns * TINY
         launch(finish_kernel, records, plain, parts, parts, norm_sq, error, groups * pieces, *bounds, **final)
         return norm_sq, error
-    depth += sum_depth(pieces, final["BLOCK"]) + groups + 2 * dot.depth(positions) + 2 * (product_depth(positions) + 1)
+    depth += sum_depth(pieces, final["BLOCK"]) + groups
+    depth += 2 * dot.depth(positions) + 2 * (product_depth(positions, plain.device) + 1)
     # Products below the normal range: each may lose `TINY` of a number, T times, and a square as much again.
     bounds = relative_error(depth, plain, dot, dot), 2 * positions * rows * columns * TINY
     options = blocks.choose("reach", plain)
@@ -216,8 +244,8 @@ def _formed(product: _Product, values: Tensor | None) -> tuple[Tensor, Tensor]:
     return norm_sq, error
 
 
-def _linear(activations: Tensor, backprops: Tensor) -> _Product:
-    return _Product(backprops.mT, activations.mT, None, 1, False)
+def linear(activations: Tensor, backprops: Tensor) -> Product:
+    return Product(backprops.mT, activations.mT, None, 1, False)
 
 
 @functools.lru_cache(maxsize=64)
@@ -240,7 +268,7 @@ def _pixel_at(
     return (pixels * torch.tensor(steps)).sum(-1).where(inside, -1).to(torch.int32).to(device)
 
 
-def _convolution(
+def convolution(
     activations: Tensor,
     backprops: Tensor,
     weight_shape: list[int],
@@ -249,42 +277,42 @@ def _convolution(
     dilation: list[int],
     groups: int,
     transposed: bool,
-) -> _Product:
+) -> Product:
     plain, spread = (activations, backprops) if transposed else (backprops, activations)
     shapes = (tuple(plain.shape[2:]), tuple(spread.shape[2:]), spread.stride()[2:])
     geometry = (weight_shape[2:], stride, padding, dilation)
     pixel_at = _pixel_at(*shapes, *(tuple(x) for x in geometry), plain.device)
-    return _Product(plain.flatten(2), spread, pixel_at, groups, True)
+    return Product(plain.flatten(2), spread, pixel_at, groups, True)
 
 
-def _supports_linear(activations: Tensor, backprops: Tensor) -> bool | str:
+def supports_linear(activations: Tensor, backprops: Tensor) -> bool | str:
     if 0 in (*activations.shape[1:], *backprops.shape[1:]):
         return "an operand is empty"
     return takes(activations, backprops)
 
 
-def _supports_convolution(activations: Tensor, backprops: Tensor, *_: object, **__: object) -> bool | str:
+def supports_convolution(activations: Tensor, backprops: Tensor, *_: object, **__: object) -> bool | str:
     reach = max(
         sum((s - 1) * t for s, t in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in (activations, backprops)
     )
     if reach >= 1 << 31:
         return "a record spans 2^31 elements"
-    return _supports_linear(activations, backprops)
+    return supports_linear(activations, backprops)
 
 
-@linear_kept.register("triton", supports=_supports_linear)
+@linear_kept.register("triton", supports=supports_linear)
 def _linear_kept(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shape = (activations.shape[0], backprops.shape[2], activations.shape[2])
     values = activations.new_empty(shape, dtype=torch.float32)
-    return values, *_formed(_linear(activations, backprops), values)
+    return values, *_formed(linear(activations, backprops), values)
 
 
-@linear_direct_norm_sq.register("triton", supports=_supports_linear)
+@linear_direct_norm_sq.register("triton", supports=supports_linear)
 def _linear_direct_norm_sq(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]:
-    return _formed(_linear(activations, backprops), None)
+    return _formed(linear(activations, backprops), None)
 
 
-@conv_kept.register("triton", supports=_supports_convolution)
+@conv_kept.register("triton", supports=supports_convolution)
 def _conv_kept(
     activations: Tensor,
     backprops: Tensor,
@@ -298,13 +326,13 @@ def _conv_kept(
     how = (weight_shape, stride, padding, dilation, groups, transposed)
     shape = (activations.shape[0], weight_shape[0], *weight_shape[2:], weight_shape[1])
     values = activations.new_empty(shape, dtype=torch.float32)
-    norms = _formed(_convolution(activations, backprops, *how), values)
+    norms = _formed(convolution(activations, backprops, *how), values)
     if math.prod(weight_shape[2:]) == 1 or weight_shape[1] == 1:  # one order of memory, strides as the reference's
         return values.reshape(activations.shape[0], *weight_shape), *norms
     return values.movedim(-1, 2), *norms
 
 
-@conv_direct_norm_sq.register("triton", supports=_supports_convolution)
+@conv_direct_norm_sq.register("triton", supports=supports_convolution)
 def _conv_direct_norm_sq(
     activations: Tensor,
     backprops: Tensor,
@@ -316,4 +344,4 @@ def _conv_direct_norm_sq(
     transposed: bool,
 ) -> tuple[Tensor, Tensor]:
     how = (weight_shape, stride, padding, dilation, groups, transposed)
-    return _formed(_convolution(activations, backprops, *how), None)
+    return _formed(convolution(activations, backprops, *how), None)

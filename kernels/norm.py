@@ -187,7 +187,9 @@ def _linear_norm_sq(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Ten
     pieces = tiles * (tiles + 1) // 2
     parts, diagonals = (a.new_empty(size, dtype=torch.float32) for size in (records * pieces, 3 * records * tiles))
     depth = dots[0].depth(features_a) + dots[1].depth(features_b) + 1
-    depth += 2 * min(positions, tile) + sum_depth(pieces, final["BLOCK"]) + 2 * (product_depth(positions) + 1) + 2
+    depth += (
+        2 * min(positions, tile) + sum_depth(pieces, final["BLOCK"]) + 2 * (product_depth(positions, a.device) + 1) + 2
+    )
     bounds = relative_error(depth, a, *dots), length * positions**2 * TINY
     launch(
         linear_gram_kernel,

@@ -211,7 +211,7 @@ def _conv_norm_sq(
     channels = weight_shape[0] // groups, weight_shape[1]
     depth = dots[0].depth(channels[0]) + dots[1].depth(channels[1]) + taps + 2  # twice a product is exact
     depth += 2 * min(positions, options["BLOCK_T"]) + sum_depth(pieces, final["BLOCK"]) + groups
-    depth += 2 * (product_depth(positions) + 1) + 2
+    depth += 2 * (product_depth(positions, plain.device) + 1) + 2
     lost = (sum(channels) + taps) * positions**2 * TINY
     bounds = relative_error(depth, plain, *dots), lost
     norm_sq, error = (plain.new_empty(records, dtype=torch.float32) for _ in range(2))

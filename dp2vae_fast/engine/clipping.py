@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.norm import product_depth
+from ..ops.norm import product_error
 from .gradients import Gradient
 from .keystream import Stream
 from .precision import STILL_COUNTED
@@ -52,8 +52,8 @@ def bounded_norms(
             exact, exact_error = gradient.in_float64(records).norm_sq()
             rough = error[row, records].double()
             # What will be added up is multiplied in float32, and may be longer than the exact gradient by that; `rough`
-            # counted the roundings of the product twice.
-            longer = (0.5 * 2.0**-24 * (product_depth(gradient.cost().positions) + 1) * rough).sqrt()
+            # counted the roundings of the product, and of its operands, twice.
+            longer = (0.5 * product_error(gradient.cost().positions, norm_sq) * rough).sqrt()
             bound = exact_error + 2.0**-23 * exact + longer * (2 * exact.sqrt() + longer)
             error[row, records] = torch.maximum(STILL_COUNTED * rough, bound).to(dtype)
             norm_sq[row, records] = exact.to(dtype)

@@ -59,9 +59,9 @@ def sum_rounding(expected_records: float, dtype: torch.dtype = torch.float32, la
     :data:`RECORDS_PER_PART`, blocks of :data:`PARTS_PER_BLOCK` parts, physical batches and what other ranks have in
     float64, and the total is rounded once: ``h = RECORDS_PER_PART + PARTS_PER_BLOCK + 4``.
 
-    Where a weight is used at several positions, the native kernels form each record's product apart from all others and
-    add it as one term. It differs from the exact gradient by the rounding of that record's own product, which the error
-    bound of its norm counts (:mod:`dp2vae_fast.ops.norm`), so it too is at most C long.
+    Where a weight is used at several positions, the C++ and Triton kernels form each record's product apart from all
+    others and add it as one term. It differs from the exact gradient by the rounding of that record's own product,
+    which the error bound of its norm counts (:mod:`dp2vae_fast.ops.norm`), so it too is at most C long.
 
     The references add up the positions of all records in float64 instead. There a term is not a record's contribution
     but a part of it, and parts may cancel: the lengths of a record's T parts add up to at most ``C / sqrt(2 T u s)``,

@@ -4,8 +4,9 @@ A layer that uses its weight at T positions has, for record n, the weight gradie
 activations[n, t]``. ``*_kept`` returns ``G`` with its norms, ``*_direct_norm_sq`` its norms alone, ``*_weighted_sum``
 ``sum_n factors[n] G[n]``.
 
-Guarantee, of all three: record n has a part that depends on that record alone. The native kernels form it in float32,
-bit for bit the same in all three ops, so that a direct norm is that of what is added up afterwards. The references of
+Guarantee, of all three: record n has a part that depends on that record alone. The C++ kernels form it in float32, bit
+for bit the same in all three ops, so that a direct norm is that of what is added up afterwards. The Triton kernels of
+sums form it in float32 too, by an order of their own, which the ``error`` of direct norms counts. The references of
 direct norms and weighted sums multiply and add in float64; there ``error`` counts float32's roundings all the same,
 which bounds the lengths of terms that cancel (:func:`~..engine.precision.sum_rounding`). Each term of a product passes
 through :func:`~.norm.product_depth` roundings at most. The parts of up to 2,048 records are added up such that none
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._op import op
-from .norm import _gamma, conv_roles, grad_sample_norm_sq, native_convolution, native_product
+from .norm import _gamma, conv_roles, grad_sample_norm_sq, native_convolution, native_product, product_depth
 
 
 def masked(x: Tensor, factors: Tensor) -> Tensor:
@@ -39,7 +40,8 @@ def _direct_norms(values: Tensor, reach: Tensor, positions: int, dtype: torch.dt
     """Norms of float64 products ``values``, of terms whose lengths add up to ``sqrt(reach)`` in every record."""
     exact, exact_error = grad_sample_norm_sq.reference(values)
     norm_sq = exact.to(dtype)
-    error = _gamma(2 * positions + 2, norm_sq) * (exact + reach) + exact_error + torch.finfo(dtype).tiny
+    depth = positions if values.device.type == "cpu" else max(positions, product_depth(positions, values.device))
+    error = _gamma(2 * depth + 2, norm_sq) * (exact + reach) + exact_error + torch.finfo(dtype).tiny
     return norm_sq, error.to(dtype)
 
 

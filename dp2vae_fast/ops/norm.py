@@ -38,13 +38,32 @@ _ROUNDOFF = {"bf16": 2.0**-8, "tf32": 2.0**-11}
 # Ratio by which `error` exceeds the first-order bound: covers the rounding of the error term itself, whose own
 # relative error is far below one per cent at any length for which the bound is of use.
 _MARGIN = 1.02
-_CHUNK = 64  # positions that the native kernels add up in one accumulator (csrc/cpu/product.h)
+CHUNK = 64  # positions that kernels add up in one accumulator (csrc/cpu/product.h, kernels/weighted.py)
+# What a term of a sum loses on tensor cores, in units of 2^-24 an addition. They align the few products of one
+# instruction (4 or more) to the largest and cut off what lies below, then cut off their sum: at most 2^-23 for each of
+# 4 products and the accumulator, or 2.5 units a product (Fasi, Higham, Mikaitis and Pranesh 2021).
+MMA_ROUNDINGS = 3
 
 
-def product_depth(positions: int) -> int:
+def product_depth(positions: int, device: torch.device) -> int:
     """Float32 roundings that a term of one record's product over T positions passes through at most, however
-    :mod:`.gradient` forms it."""
-    return positions if positions <= _CHUNK else _CHUNK + -(-positions // _CHUNK)
+    :mod:`.gradient` forms it on such a device.
+
+    On a GPU that may be by tensor cores, so it is counted whatever the operands are: the backend that takes the norm
+    need not be the one that adds up.
+    """
+    depth = positions if positions <= CHUNK else CHUNK + -(-positions // CHUNK)
+    return depth if device.type == "cpu" else MMA_ROUNDINGS * depth
+
+
+def product_error(positions: int, like: Tensor) -> float:
+    """What one record's product over T positions is off by at most, however formed and added with its factor: a part
+    of the lengths of its T terms, added up.
+
+    A GPU's kernels round the operands, two a term, where the user allows it; a CPU's multiply them as they are.
+    """
+    rounded = 0.0 if like.device.type == "cpu" else 2 * operand_roundoff(like)
+    return 2.0**-24 * (product_depth(positions, like.device) + 1) + rounded
 
 
 def native_convolution(activations: Tensor, backprops: Tensor, *_: object) -> bool | str:
@@ -121,7 +140,7 @@ def _gram_norm(gram_a: Tensor, gram_b: Tensor, length: int) -> tuple[Tensor, Ten
     reach = (squares_a * squares_b).clamp(min=0).sqrt().sum(-1).square().sum(-1)
     positions = gram_a.shape[-1]
     lost = _underflow(length * positions**2, squares_a.sum((1, 2)), squares_b.sum((1, 2)))
-    length += 2 * positions + gram_a.shape[1] + 2 * (product_depth(positions) + 1) + 2
+    length += 2 * positions + gram_a.shape[1] + 2 * (product_depth(positions, gram_a.device) + 1) + 2
     return norm_sq.clamp(min=0), _gamma(length, norm_sq) * reach + lost
 
 
