@@ -47,7 +47,6 @@ _DEFAULT: dict[str, list[tuple[int, Options]]] = {
     # A chunk of 64 positions is two products or more: one would be merged with the addition to what other chunks have.
     "weighted ieee": [
         (16, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=8, num_stages=4)),
-        (64, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=8, num_stages=2)),
         (ANY, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=8, num_stages=2)),
     ],
     "weighted tf32": [
