@@ -47,12 +47,11 @@ _DEFAULT: dict[str, list[tuple[int, Options]]] = {
     # A chunk of 64 positions is two products or more: one would be merged with the addition to what other chunks have.
     "weighted ieee": [
         (16, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=8, num_stages=4)),
-        (64, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=8, num_stages=2)),
         (ANY, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=8, num_stages=2)),
     ],
     "weighted tf32": [
         (16, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=16, num_warps=4, num_stages=4)),
-        (ANY, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=32, num_warps=8, num_stages=3)),
+        (ANY, dict(BLOCK_P=64, BLOCK_D=64, BLOCK_T=32, num_warps=8, num_stages=2)),
     ],
     "weighted narrow": [
         (16, dict(BLOCK_P=64, BLOCK_D=128, BLOCK_T=16, num_warps=8, num_stages=4)),
