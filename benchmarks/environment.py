@@ -16,10 +16,25 @@ def environment() -> dict[str, Any]:
     """Machine, versions and commit ("dirty" where files had changed)."""
     return {
         "processor": processor(),
+        **({"gpu": gpu()} if torch.cuda.is_available() else {}),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": _commit(),
+    }
+
+
+def gpu() -> dict[str, Any]:
+    """The current GPU, and how this process multiplies on it."""
+    card, backends = torch.cuda.get_device_properties(torch.cuda.current_device()), torch.backends
+    return {
+        "name": card.name,
+        "capability": f"{card.major}.{card.minor}",
+        "memory_gib": round(card.total_memory / 2**30, 1),
+        "multiprocessors": card.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "cudnn": backends.cudnn.version(),
+        "cudnn_deterministic": backends.cudnn.deterministic,
     }
 
 

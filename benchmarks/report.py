@@ -72,7 +72,9 @@ def noise_cpu(record: dict[str, Any]) -> str:
 def _made(record: dict[str, Any]) -> str:
     where = record["environment"]
     versions = where["versions"]
-    return f"{where['processor']}, {where['cores']} cores, torch {versions['torch']}, opacus {versions['opacus']}."
+    machine = f"{where['gpu']['name']}; " if "gpu" in where else ""
+    machine += f"{where['processor']}, {where['cores']} cores"
+    return f"{machine}, torch {versions['torch']}, opacus {versions['opacus']}."
 
 
 def faults(record: dict[str, Any]) -> str:
