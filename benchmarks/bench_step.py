@@ -13,6 +13,8 @@ is what PyTorch allocates there.
 from __future__ import annotations
 
 import argparse
+import math
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--patience", type=float, help="seconds for which rounds on a busy machine are repeated")
     parser.add_argument("--limit", type=float, help="seconds that a variant may take for one answer")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no row is begun")
     parser.add_argument("--fastdp", default="", help="checkout of FastDP")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -86,12 +89,17 @@ def main() -> None:
     path = arguments.out or (None if arguments.short else Path(__file__).parent / "results" / name)
     about = {k: v for k, v in asdict(settings).items() if k != "fastdp"}
     key = ("workload", "threads", "malloc")
-    about |= {"titles": variants.titles(list(chosen["variants"] if on_gpu else variants.ON_CPU))}
+    shown = chosen["variants"] if on_gpu else variants.in_order([*variants.ON_CPU, *chosen["variants"]])
+    about |= {"titles": variants.titles(shown)}
+    end = time.monotonic() + 60 * arguments.minutes
     record = None if path is None else Record(path, key, again=arguments.again, **about)
     for workload in chosen["workloads"]:
         for threads in chosen["threads"]:
             for malloc in chosen["malloc"]:
                 if record is not None and {"workload": workload, "threads": threads, "malloc": malloc} in record:
+                    continue
+                if time.monotonic() > end:
+                    print(f"no time left for {workload}, {threads} threads, {malloc} malloc")
                     continue
                 row = rounded(measure(workload, threads, malloc, chosen["variants"], settings))
                 print(table(row), flush=True)

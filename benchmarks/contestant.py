@@ -21,14 +21,15 @@ import memory
 import torch
 import variants
 import workloads
+from environment import multiply_float32
 from gate import Truth
 
 
 class Contestant:
     """The requests: each is a method, with the request's other entries as arguments."""
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
+    def __init__(self, device: str = "cpu", tf32: bool = False) -> None:
+        self.device, self.tf32 = device, tf32 and device == "cuda"
         self.run: variants.Run
         self.before = 0.0  # MiB after set-up, before the first step
 
@@ -55,7 +56,8 @@ class Contestant:
         self.run.step()
         chosen = find(variant)
         found, truth = variants.released(self.run), Truth.load(Path(path))
-        verdict = gate.judge(found, truth.of(chosen.private, chosen.half), chosen.floor)
+        floor = max(chosen.floor, gate.HALF) if self.tf32 else chosen.floor
+        verdict = gate.judge(found, truth.of(chosen.private, chosen.half), floor)
         self.run.set_noise(1.0)
         answer = {**vars(verdict), "wrong": verdict.wrong}
         if chosen.private and not verdict.wrong:
@@ -82,7 +84,10 @@ class Contestant:
 
     def measure_memory(self) -> dict[str, Any]:
         """Peak MiB of a step above set-up, and of the whole process."""
-        peak, kind = memory.peak_of(self.run.step, self.device)
+        if self.run.in_graph_mib is not None:
+            peak, kind = self.before + self.run.in_graph_mib, "of the step that was captured"
+        else:
+            peak, kind = memory.peak_of(self.run.step, self.device)
         return {"peak_mib": peak - self.before, "process_mib": peak, "peak": kind}
 
 
@@ -101,9 +106,8 @@ def _load_libraries(problem: workloads.Problem) -> None:
 
 def set_products(tf32: bool, cudnn_benchmark: bool) -> None:
     """How a GPU multiplies float32, and whether cuDNN tries its algorithms out: the same for every variant."""
-    backends: Any = torch.backends
-    backends.cuda.matmul.fp32_precision = backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
-    backends.cudnn.benchmark = cudnn_benchmark
+    multiply_float32(tf32)
+    torch.backends.cudnn.benchmark = cudnn_benchmark
 
 
 def first_line(error: BaseException) -> str:
@@ -117,7 +121,7 @@ def main(threads: int, device: str, tf32: bool, cudnn_benchmark: bool) -> None:
     warnings.simplefilter("ignore")
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    contestant = Contestant(device)
+    contestant = Contestant(device, tf32)
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
         method: Callable[..., dict[str, Any]] = getattr(contestant, request.pop("do"))

@@ -23,7 +23,8 @@ while (($#)); do
   esac
   shift
 done
-python=${PYTHON:-python3}
+python=$(command -v "${PYTHON:-python3}") || { echo "no ${PYTHON:-python3}" >&2 && exit 2; }
+[[ $python == /* ]] || python=$PWD/$python
 ((list)) || { mkdir -p "$out" && out=$(realpath "$out"); }
 cd "$(dirname "$0")/.." || exit 2
 budget=$(awk -v m="$minutes" 'BEGIN { printf "%d", 60 * m }')
@@ -33,6 +34,7 @@ has_gpu=0
 ((has_gpu)) || dry=1
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((dry ? 1 : cores < 8 ? cores : 8))} PYTHONUNBUFFERED=1
+PATH=$PATH:/usr/local/cuda/bin
 failed=0
 
 note() { # name status seconds file why
@@ -68,7 +70,7 @@ tests() { # name percent tests...
   shift 2
   local parallel=()
   if ((!dry && !list && workers > 1)) && "$python" -c 'import xdist' 2>/dev/null; then parallel=(-n "$workers"); fi
-  step "$name" "$percent" "$python" -m pytest -q -rfE -p no:cacheprovider "${parallel[@]}" "$@"
+  step "$name" "$percent" env OMP_NUM_THREADS=1 "$python" -m pytest -q -rfE -p no:cacheprovider "${parallel[@]}" "$@"
 }
 
 environment() {
@@ -108,11 +110,17 @@ build() { # 1 with the CUDA module, 0 without
   DP2VAE_FAST_NATIVE=1 DP2VAE_FAST_CUDA=$1 DP2VAE_FAST_CUDA_ARCHS=$archs \
     "$python" -m pip install -v --disable-pip-version-check --no-build-isolation --no-deps -e .
 }
+
+part() { # minutes that so many percent of the time are, less what is over already
+  awk -v b="$budget" -v p="$1" -v s="$SECONDS" 'BEGIN { t = b * p / 100; r = b - s; print (t < r ? t : r) / 60 }'
+}
+
 export -f environment packages build
 export python wheels
 
 rival=(--fastdp "$fastdp")
-quick=(--rounds 15 --patience 0 --limit 90)
+quick=(--rounds 15 --patience 0 --limit 120)
+small="(words or factors or clipped_sum and classifier and ieee and not channels)"
 main_variants=(non-private non-private-graph ours ours-captured non-private-bf16 ours-bf16 opacus-ghost opacus-hooks)
 
 ((list)) || : >"$out/steps.jsonl"
@@ -126,12 +134,11 @@ if ((dry)); then
     --malloc default --variants non-private ours ours-bf16 --again --out "$out/step_cpu.json"
   step ops 30 "$python" benchmarks/bench_gpu_ops.py --dry
   step tune 30 "$python" benchmarks/tune.py --dry
-  skip step-large "no GPU"
+  skip step-all "no GPU"
   skip capacity "no GPU"
 else
   step packages 20 bash -c packages
-  nvcc=$(command -v nvcc || command -v /usr/local/cuda/bin/nvcc)
-  if [[ -z $nvcc ]] && ((!list)); then
+  if ((!list)) && ! command -v nvcc >/dev/null; then
     skip build "nvcc is not there"
     step build-without-cuda 30 bash -c "build 0"
   else
@@ -140,24 +147,24 @@ else
   tests tests 30 tests/test_cuda.py tests/test_captured.py
   tests tests-triton 25 tests/test_triton.py tests/test_triton_noise.py tests/test_triton_norm.py
   step step 25 "$python" benchmarks/bench_step.py --device cuda "${quick[@]}" "${rival[@]}" --again \
-    --workloads W2-decoder@512 W4-decoder@256 W1-decoder@2048 W3-decoder@4096 \
+    --minutes "$(part 18)" --workloads W2-decoder@512 W4-decoder@256 W1-decoder@2048 W3-decoder@4096 \
     --variants "${main_variants[@]}" --out "$out/step_main_cuda.json"
-  step ops 12 "$python" benchmarks/bench_gpu_ops.py --minutes "$(awk -v b="$budget" 'BEGIN { print b * 0.1 / 60 }')" \
-    --out "$out/ops_cuda.json"
-  step tune 15 "$python" benchmarks/tune.py --minutes "$(awk -v b="$budget" 'BEGIN { print b * 0.12 / 60 }')" \
-    --copy "$out" &&
-    step ops-tuned 12 "$python" benchmarks/bench_gpu_ops.py \
-      --minutes "$(awk -v b="$budget" 'BEGIN { print b * 0.1 / 60 }')" --out "$out/ops_tuned_cuda.json"
+  step ops 12 "$python" benchmarks/bench_gpu_ops.py --minutes "$(part 9)" --out "$out/ops_cuda.json"
+  if step tune 15 "$python" benchmarks/tune.py --minutes "$(part 12)" --copy "$out"; then
+    step ops-tuned 12 "$python" benchmarks/bench_gpu_ops.py --minutes "$(part 9)" --out "$out/ops_tuned_cuda.json"
+  else
+    skip ops-tuned "tune did not get through"
+  fi
   if ((list)) || command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-      step "sanitizer-$tool" 10 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q -x \
-        -p no:cacheprovider tests/test_cuda.py -k "(words or clipped_sum) and not cpu and not reference"
+      step "sanitizer-$tool" 15 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q -x \
+        -p no:cacheprovider tests/test_cuda.py -k "$small and not cpu and not reference"
     done
   else
     skip sanitizer "compute-sanitizer is not there"
   fi
-  step step-all 100 "$python" benchmarks/bench_step.py --device cuda "${quick[@]}" "${rival[@]}" --again \
-    --out "$out/step_cuda.json"
+  step step-all 60 "$python" benchmarks/bench_step.py --device cuda "${quick[@]}" "${rival[@]}" --again \
+    --minutes "$(part 45)" --out "$out/step_cuda.json"
   step capacity 100 "$python" benchmarks/bench_scaling.py --device cuda --parts capacity --cap 16 "${rival[@]}" \
     --workloads W2-decoder W4-decoder --variants non-private ours opacus-ghost opacus-hooks --patience 0 --again \
     --out "$out/scaling_cuda.json"

@@ -33,6 +33,13 @@ def resident(device: str = "cpu") -> float:
     return _status("VmRSS") if STATUS.exists() else _most_so_far()
 
 
+def taken_by(call: Callable[[], object], device: str) -> float:
+    """The most MiB that one call takes above what was in use."""
+    give_back()
+    before = resident(device)
+    return peak_of(call, device, times=1)[0] - before
+
+
 def peak_of(step: Callable[[], object], device: str = "cpu", times: int = 2) -> tuple[float, str]:
     """The most MiB in use during a step, and how that was measured."""
     give_back()

@@ -34,7 +34,7 @@ import torch
 from bench_gpu_ops import on
 from bench_ops import Case, conv, linear
 from dp2vae_fast.kernels import blocks
-from environment import environment
+from environment import environment, multiply_float32
 from record import rounded
 from timing import median
 
@@ -157,8 +157,7 @@ def rows_now(architecture: str, kernel: str) -> list[tuple[int, blocks.Options]]
 
 def tune(job: Job, architecture: str, device: str, most: int, seconds: float) -> dict[str, Any]:
     """The fastest right candidate, and what became of the others."""
-    backends: Any = torch.backends
-    backends.cuda.matmul.fp32_precision = backends.cudnn.conv.fp32_precision = "tf32" if job.tf32 else "ieee"
+    multiply_float32(job.tf32)
     now, end = rows_now(architecture, job.kernel)[job.row][1], time.monotonic() + seconds
     op, given = OPS[job.case.op], job.case.arguments()
     times: list[tuple[float, blocks.Options]] = []

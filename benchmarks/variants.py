@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import gate
+import memory
 import peers
 import torch
 from torch import Tensor, nn
@@ -36,12 +37,14 @@ CAPTURED_BY = 12  # steps, of batches of 8 or more: the engine first looks at so
 
 @dataclass(frozen=True)
 class Run:
-    """A step, and how to set the noise multiplier of those to come; ``optimizer`` is the inner Adam."""
+    """A step, and how to set the noise multiplier of those to come; ``optimizer`` is the inner Adam. A graph takes its
+    memory when it is captured: ``in_graph_mib`` is what that step took above set-up."""
 
     step: Callable[[], object]
     set_noise: Callable[[float], None]
     optimizer: Adam
     model: nn.Module
+    in_graph_mib: float | None = None
 
 
 @dataclass(frozen=True)
@@ -154,10 +157,14 @@ def non_private_graph(problem: Problem, bound: float, **options: bool) -> Run:
     here.wait_stream(aside)
     run.optimizer.zero_grad()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run.step()
+
+    def capture() -> None:
+        with torch.cuda.graph(graph):
+            run.step()
+
+    taken = memory.taken_by(capture, problem.device.type)
     forget_steps(run.optimizer)
-    return Run(graph.replay, run.set_noise, run.optimizer, run.model)
+    return Run(graph.replay, run.set_noise, run.optimizer, run.model, taken)
 
 
 def ours(
@@ -228,12 +235,14 @@ def ours_captured(problem: Problem, bound: float, channels_innermost: bool = Fal
         optimizer.step()
         optimizer.zero_grad()
 
+    taken: float | None = None
     for _ in range(CAPTURED_BY):
-        step()
+        if not batches.captured:
+            taken = memory.taken_by(step, problem.device.type)
     if not batches.captured:
         raise NotImplementedError(f"not captured: {batches.reason}")
     forget_steps(inner)
-    return Run(step, partial(setattr, optimizer, "noise_multiplier"), inner, problem.model)
+    return Run(step, partial(setattr, optimizer, "noise_multiplier"), inner, problem.model, taken)
 
 
 def per_sample(problem: Problem, bound: float) -> Run:
