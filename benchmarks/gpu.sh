@@ -60,7 +60,7 @@ step() { # name percent command...: runs it for that part of the time at most, o
   elif ((code == 124 || code == 137)); then
     failed=1 && note "$name" "timed out" $((SECONDS - start)) "$name.log" "after $limit s"
   else
-    failed=1 && note "$name" failed $((SECONDS - start)) "$name.log" "$(grep -v '^ *$' "$out/$name.log" | tail -n 1)"
+    failed=1 && note "$name" failed $((SECONDS - start)) "$name.log" "$(grep -v '^ *$' "$out/$name.log" | tail -n 1 | cut -c 1-300)"
   fi
   return "$code"
 }

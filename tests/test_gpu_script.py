@@ -87,3 +87,32 @@ def test_measured_block_sizes_are_read_as_they_were_written(tmp_path, monkeypatc
     assert blocks.choose("noise", x, 10**9) == {"BLOCK": 256, "num_warps": 8}
     assert blocks.choose("channels", x, 16) == {"BLOCK_C": 4} and blocks.choose("channels", x, 17) == {"BLOCK_C": 1}
     assert blocks.choose("factors", x) == blocks._DEFAULT["factors"][0][1]
+
+
+@pytest.mark.parametrize(("fast", "chosen"), [(0.5, 256), (0.98, 128)])
+def test_a_candidate_must_run_be_right_and_be_faster(monkeypatch, fast: float, chosen: int):
+    """Clip factors whose block of 32 does not compile, of 64 is wrong, and of 256 takes a part of the time of 128."""
+    pytest.importorskip("triton")
+    import tune
+    from bench_ops import Case
+    from dp2vae_fast.kernels import blocks
+
+    def block() -> int:
+        return blocks.choose("factors", torch.empty(0))["BLOCK"]
+
+    def op(*_, backend: str) -> int:
+        if block() == 32:
+            raise RuntimeError("out of resource: shared memory")
+        return block()
+
+    monkeypatch.setattr(tune, "OPS", {"some_op": op})
+    monkeypatch.setattr(tune, "median", lambda *_, **__: fast if block() == 256 else 1.0)
+    monkeypatch.setattr(blocks, "architecture", lambda like: "dry")
+    job = tune.Job("factors", 0, Case("some_op", "", lambda: [torch.ones(2)], lambda a, result: result != 64))
+    found = tune.tune(job, "dry", "cpu", 100, 60.0)
+    assert found["options"]["BLOCK"] == chosen
+    assert any("'BLOCK': 32" in why and "shared memory" in why for why in found["skipped"])
+    assert any("'BLOCK': 64" in why and "wrong" in why for why in found["skipped"])
+    assert not any("'BLOCK': 128" in why or "'BLOCK': 256" in why for why in found["skipped"])
+    assert "factors" not in blocks.TABLE.get("dry", {})
+    assert {job.kernel for job in tune.jobs(dry=True)} == set(blocks._DEFAULT)
