@@ -53,7 +53,7 @@ step() { # name percent command...: runs it for that part of the time at most, o
   if ((list)); then echo "$name: $*" && return; fi
   ((limit < left)) || limit=$left
   if ((limit < 10)); then skip "$name" "no time left" && return 1; fi
-  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null
+  timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null # pytest then says what it has found
   code=$?
   if ((code == 0)); then
     note "$name" ok $((SECONDS - start)) "$name.log" "$why"
@@ -94,10 +94,12 @@ END
 
 packages() { # what is not there yet, by the names of module and package
   local missing=() pair source=()
-  for pair in opacus:opacus opt_einsum:opt-einsum scipy:scipy pybind11:pybind11 ninja:ninja wheel:wheel pytest:pytest \
+  for pair in "opacus:opacus>=1.6,<1.7" opt_einsum:opt-einsum scipy:scipy pybind11:pybind11 ninja:ninja wheel:wheel pytest:pytest \
     hypothesis:hypothesis numpy:numpy matplotlib:matplotlib; do
     "$python" -c "import ${pair%%:*}" 2>/dev/null || missing+=("${pair##*:}")
   done
+  "$python" -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' 2>/dev/null ||
+    missing+=("setuptools>=77,<82")
   echo "missing: ${missing[*]:-nothing}"
   ((${#missing[@]})) || return 0
   [[ -z $wheels ]] || source=(--no-index --find-links "$wheels")
