@@ -110,6 +110,6 @@ def native_build():
 setup(
     packages=[*find_packages(include=["dp2vae_fast", "dp2vae_fast.*"]), "dp2vae_fast.kernels"],
     package_dir={"dp2vae_fast": "dp2vae_fast", "dp2vae_fast.kernels": "kernels"},
-    package_data={"dp2vae_fast": ["py.typed", "recipes/*.toml"]},
+    package_data={"dp2vae_fast": ["py.typed", "recipes/*.toml"], "dp2vae_fast.kernels": ["tuned/*.json"]},
     **native_build(),
 )

@@ -149,7 +149,7 @@ def conv(what: str, n: int, c_in: int, c_out: int, side: int, k: int, s: int, tr
         return [x, b, weight, [s, s], [1, 1], [1, 1], 1, transposed]
 
     def exact(arguments: list[Any]) -> Tensor:
-        w = torch.zeros(weight, dtype=torch.float64, requires_grad=True)
+        w = torch.zeros(weight, dtype=torch.float64, device=arguments[0].device, requires_grad=True)
         pairs = [
             (x.double()[None], b.double()[None]) for x, b in zip(*(a[:CHECKED] for a in arguments[:2]), strict=True)
         ]
@@ -182,9 +182,13 @@ def _noise_case(op: str, parameters: int, numbers: int, settings: tuple[Any, ...
         return [*tensors, *[[]] * {1: 0, 2: 1, 4: 1}[lists], KEY, STEP, 0, [0], 1.3, *settings]
 
     def check(arguments: list[Any], result: Any) -> bool:
-        wanted = made()
-        OPS[op](*wanted, backend="reference")
-        return _close(arguments[0][0].flatten(), wanted[0][0].double().flatten())
+        return _close(arguments[0][0].flatten().cpu(), wanted())
+
+    @functools.cache
+    def wanted() -> Tensor:
+        expected = made()
+        OPS[op](*expected, backend="reference")
+        return expected[0][0].double().flatten()
 
     return Case(op, f"{parameters / 1e6:.1f} M parameters", made, check, 4.0 * numbers * parameters)
 
@@ -264,7 +268,7 @@ RIVALS = [case for case in CASES if case.rival is not None]
 @pytest.mark.parametrize(("case", "backend"), TURNS, ids=[f"{c.op}-{b}-{c.what}" for c, b in TURNS])
 def test_op(benchmark: Any, case: Case, backend: str) -> None:
     arguments = case.arguments()
-    if gap := OPS[case.op]._gap(backend, tuple(arguments), {}):
+    if gap := OPS[case.op]._gap(backend, "cpu", tuple(arguments), {}):
         pytest.skip(gap)
     result = OPS[case.op](*arguments, backend=backend)
     assert case.check(arguments, result), "wrong, so not timed"

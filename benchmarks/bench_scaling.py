@@ -117,12 +117,20 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=20.0)
     parser.add_argument("--limit", type=float, default=180.0)
     parser.add_argument("--fastdp", default="")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scaling_cpu.json")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--out", type=Path, help="scaling_cpu.json or scaling_cuda.json in results/")
     parser.add_argument("--again", action="store_true")
     chosen = parser.parse_args()
     chosen.variants = variants.in_order(chosen.variants)
+    out = chosen.out or Path(__file__).parent / "results" / f"scaling_{chosen.device}.json"
     settings = Settings(
-        rounds=chosen.rounds, fewest=3, budget=15.0, patience=chosen.patience, limit=chosen.limit, fastdp=chosen.fastdp
+        rounds=chosen.rounds,
+        fewest=3,
+        budget=15.0,
+        patience=chosen.patience,
+        limit=chosen.limit,
+        fastdp=chosen.fastdp,
+        device=chosen.device,
     )
 
     def row(workload: str, names: list[str], how: Settings = settings) -> dict[str, Any]:
@@ -133,7 +141,7 @@ def main() -> None:
 
     about = {"threads": chosen.threads, "malloc": chosen.malloc, "titles": variants.titles(chosen.variants)}
     record = Record(
-        chosen.out,
+        out,
         ("part",),
         again=chosen.again,
         **about,

@@ -2,15 +2,19 @@
 
     python benchmarks/bench_step.py [--short] [--workloads W2-decoder ...] [--variants ours opacus-ghost ...]
         [--threads 1 2] [--malloc default tuned] [--rounds 15] [--fastdp PATH] [--out FILE] [--again]
+        [--device cuda [--tf32] [--cudnn-benchmark]]
 
 How it is measured: :mod:`harness`; that nothing wrong is timed: :mod:`gate`. Rows (workload, threads, allocator) are
 written as they finish, and a run that was stopped goes on with what is missing. ``--short`` writes nothing: few rounds
-of a few variants, printed as a table.
+of a few variants, printed as a table. On a GPU batches are a GPU's, a step lasts until the GPU has done it, and memory
+is what PyTorch allocates there.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,10 +33,12 @@ SHORT = {
 SHORT_SETTINGS = {"rounds": 5, "fewest": 3, "budget": 8.0, "patience": 5.0, "warm_up": 1}
 LONG = {
     "workloads": workloads.PRESETS,
-    "variants": list(variants.VARIANTS),
+    "variants": variants.ON_CPU,
     "threads": [1, 2],
     "malloc": list(MALLOC),
 }
+GPU = {"workloads": workloads.ON_GPU, "variants": variants.ON_GPU, "threads": [1], "malloc": ["default"]}
+GPU_SETTINGS = {"device": "cuda", "in_a_row": 3, "rounds": 30, "budget": 5.0, "patience": 10.0, "warm_up": 10}
 
 
 def table(row: dict[str, Any]) -> str:
@@ -63,23 +69,37 @@ def main() -> None:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--patience", type=float, help="seconds for which rounds on a busy machine are repeated")
     parser.add_argument("--limit", type=float, help="seconds that a variant may take for one answer")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no row is begun")
     parser.add_argument("--fastdp", default="", help="checkout of FastDP")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--tf32", action="store_true", help="let everybody multiply float32 as TF32")
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN try its algorithms out")
     parser.add_argument("--again", action="store_true", help="begin the record anew")
     arguments = parser.parse_args()
-    chosen = {k: getattr(arguments, k) or v for k, v in (SHORT if arguments.short else LONG).items()}
+    on_gpu = arguments.device == "cuda"
+    usual = SHORT if arguments.short else GPU if on_gpu else LONG
+    chosen = {k: getattr(arguments, k) or v for k, v in usual.items()}
     chosen["variants"] = variants.in_order(chosen["variants"])
     given = {k: getattr(arguments, k) for k in ("rounds", "patience", "limit") if getattr(arguments, k) is not None}
-    settings = Settings(**{**(SHORT_SETTINGS if arguments.short else {}), **given}, fastdp=arguments.fastdp)
-    path = arguments.out or (None if arguments.short else Path(__file__).parent / "results" / "step_cpu.json")
+    given |= {k: True for k in ("tf32", "cudnn_benchmark") if getattr(arguments, k)}
+    usual_settings = (GPU_SETTINGS if on_gpu else {}) | (SHORT_SETTINGS if arguments.short else {})
+    settings = Settings(**{**usual_settings, **given}, fastdp=arguments.fastdp)
+    name = f"step_{arguments.device}.json"
+    path = arguments.out or (None if arguments.short else Path(__file__).parent / "results" / name)
     about = {k: v for k, v in asdict(settings).items() if k != "fastdp"}
     key = ("workload", "threads", "malloc")
-    about |= {"titles": variants.titles(list(variants.VARIANTS))}
+    shown = chosen["variants"] if on_gpu else variants.in_order([*variants.ON_CPU, *chosen["variants"]])
+    about |= {"titles": variants.titles(shown)}
+    end = time.monotonic() + 60 * arguments.minutes
     record = None if path is None else Record(path, key, again=arguments.again, **about)
     for workload in chosen["workloads"]:
         for threads in chosen["threads"]:
             for malloc in chosen["malloc"]:
                 if record is not None and {"workload": workload, "threads": threads, "malloc": malloc} in record:
+                    continue
+                if time.monotonic() > end:
+                    print(f"no time left for {workload}, {threads} threads, {malloc} malloc")
                     continue
                 row = rounded(measure(workload, threads, malloc, chosen["variants"], settings))
                 print(table(row), flush=True)

@@ -21,19 +21,21 @@ import memory
 import torch
 import variants
 import workloads
+from environment import multiply_float32
 from gate import Truth
 
 
 class Contestant:
     """The requests: each is a method, with the request's other entries as arguments."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu", tf32: bool = False) -> None:
+        self.device, self.tf32 = device, tf32 and device == "cuda"
         self.run: variants.Run
         self.before = 0.0  # MiB after set-up, before the first step
 
     def find_truth(self, workload: str, path: str) -> dict[str, Any]:
         """Write the oracle's sums to ``path``."""
-        problem = workloads.make(workload)
+        problem = workloads.make(workload).to(self.device)
         truth = gate.oracle(problem)
         truth.save(Path(path))
         parameters = sum(p.numel() for p in problem.model.parameters())
@@ -42,11 +44,11 @@ class Contestant:
 
     def prepare(self, workload: str, variant: str, bound: float) -> dict[str, Any]:
         """Build; memory from here on is what steps take."""
-        problem, chosen = workloads.make(workload), find(variant)
+        problem, chosen = workloads.make(workload).to(self.device), find(variant)
         _load_libraries(problem)
         self.run = chosen.build(problem, bound)
         memory.give_back()
-        self.before = memory.resident()
+        self.before = memory.resident(self.device)
         return {}
 
     def check(self, variant: str, path: str) -> dict[str, Any]:
@@ -54,7 +56,8 @@ class Contestant:
         self.run.step()
         chosen = find(variant)
         found, truth = variants.released(self.run), Truth.load(Path(path))
-        verdict = gate.judge(found, truth.sums[chosen.private], chosen.rounds_up)
+        floor = max(chosen.floor, gate.HALF) if self.tf32 else chosen.floor
+        verdict = gate.judge(found, truth.of(chosen.private, chosen.half), floor)
         self.run.set_noise(1.0)
         answer = {**vars(verdict), "wrong": verdict.wrong}
         if chosen.private and not verdict.wrong:
@@ -67,14 +70,24 @@ class Contestant:
         """Seconds of a single step, the last of ``times``."""
         seconds = 0.0
         for _ in range(times):
+            self._wait()
             start = time.perf_counter()
             self.run.step()
+            self._wait()
             seconds = time.perf_counter() - start
         return {"seconds": seconds}
 
+    def _wait(self) -> None:
+        """Until the GPU has done what it was told to."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
     def measure_memory(self) -> dict[str, Any]:
         """Peak MiB of a step above set-up, and of the whole process."""
-        peak, kind = memory.peak_of(self.run.step)
+        if self.run.in_graph_mib is not None:
+            peak, kind = self.before + self.run.in_graph_mib, "of the step that was captured"
+        else:
+            peak, kind = memory.peak_of(self.run.step, self.device)
         return {"peak_mib": peak - self.before, "process_mib": peak, "peak": kind}
 
 
@@ -91,17 +104,24 @@ def _load_libraries(problem: workloads.Problem) -> None:
     problem.loss.of_records(output, *(t[:2] for t in problem.targets)).sum().backward()
 
 
+def set_products(tf32: bool, cudnn_benchmark: bool) -> None:
+    """How a GPU multiplies float32, and whether cuDNN tries its algorithms out: the same for every variant."""
+    multiply_float32(tf32)
+    torch.backends.cudnn.benchmark = cudnn_benchmark
+
+
 def first_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"
 
 
-def main(threads: int) -> None:
+def main(threads: int, device: str, tf32: bool, cudnn_benchmark: bool) -> None:
     torch.set_num_threads(threads)
+    set_products(tf32, cudnn_benchmark)
     warnings.simplefilter("ignore")
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    contestant = Contestant()
+    contestant = Contestant(device, tf32)
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
         method: Callable[..., dict[str, Any]] = getattr(contestant, request.pop("do"))
@@ -113,4 +133,4 @@ def main(threads: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(**json.loads(sys.argv[1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,32 @@ def environment() -> dict[str, Any]:
     """Machine, versions and commit ("dirty" where files had changed)."""
     return {
         "processor": processor(),
+        **({"gpu": gpu()} if torch.cuda.is_available() else {}),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": _commit(),
+    }
+
+
+def multiply_float32(tf32: bool) -> None:
+    """How a GPU multiplies float32 from here on. By the older of PyTorch's switches, which set the newer ones too: the
+    newer alone make the older, which compilers read, raise."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+
+
+def gpu() -> dict[str, Any]:
+    """The current GPU, and how this process multiplies on it."""
+    card, backends = torch.cuda.get_device_properties(torch.cuda.current_device()), torch.backends
+    return {
+        "name": card.name,
+        "capability": f"{card.major}.{card.minor}",
+        "memory_gib": round(card.total_memory / 2**30, 1),
+        "multiprocessors": card.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "cudnn": backends.cudnn.version(),
+        "cudnn_deterministic": backends.cudnn.deterministic,
+        "tuned": sorted(file.stem for file in (Path(__file__).parents[1] / "kernels" / "tuned").glob("*.json")),
     }
 
 

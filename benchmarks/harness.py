@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from bench_noise import used_elsewhere
 
 QUIET = 0.1  # cores that others may use
@@ -45,6 +46,11 @@ class Settings:
         limit: the longest that a variant may take for one answer.
         warm_up: steps before the timed ones, at least; more where batches are small (``FIRST_RECORDS``).
         fastdp: a checkout of FastDP.
+        device: "cpu" or "cuda".
+        in_a_row: steps that a variant takes in its turn, of which the last is timed: a GPU that changes hands between
+            processes is first made theirs.
+        tf32: whether a GPU may multiply float32 as TF32, by everybody.
+        cudnn_benchmark: whether cuDNN tries its algorithms out.
     """
 
     rounds: int = 15
@@ -54,6 +60,10 @@ class Settings:
     limit: float = 300.0
     warm_up: int = 2
     fastdp: str = ""
+    device: str = "cpu"
+    in_a_row: int = 1
+    tf32: bool = False
+    cudnn_benchmark: bool = False
 
 
 class Lost(Exception):
@@ -73,13 +83,17 @@ class Process:
         self.limit = settings.limit
         self.errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [sys.executable, str(here / "contestant.py"), count],
+            [sys.executable, str(here / "contestant.py"), json.dumps(self._arguments(threads, settings))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
             env=environment,
             start_new_session=True,
         )
+
+    @staticmethod
+    def _arguments(threads: int, settings: Settings) -> dict[str, Any]:
+        return {"threads": threads, **{k: getattr(settings, k) for k in ("device", "tf32", "cudnn_benchmark")}}
 
     def __enter__(self) -> Process:
         return self
@@ -145,7 +159,7 @@ def measure(workload: str, threads: int, malloc: str, names: list[str], settings
                 racers[name] = process
             else:
                 process.process.kill()
-            if name == names[-1] or (free_memory() < ROOM and len(racers) > 1):
+            if name == names[-1] or (free_memory(settings.device) < ROOM and len(racers) > 1):
                 busy.append(heat(racers, results, names[0], settings))
                 for other in [other for other in racers if other != names[0]]:
                     racers.pop(other).process.kill()
@@ -172,8 +186,11 @@ def heat(racers: dict[str, Process], results: dict[str, dict[str, Any]], base: s
     return busy
 
 
-def free_memory() -> float:
-    """Part of the machine's memory that is free; all of it where the system does not say."""
+def free_memory(device: str) -> float:
+    """Part of the memory that is free, the GPU's or the machine's; all of it where the system does not say."""
+    if device == "cuda":
+        free, all_of_it = torch.cuda.mem_get_info()
+        return free / all_of_it
     file = Path("/proc/meminfo")
     if not file.exists():
         return 1.0
@@ -219,7 +236,7 @@ def race(racers: dict[str, Process], results: dict[str, dict[str, Any]], setting
         while turn < settings.rounds and (turn == first or time.monotonic() - start < BLOCK_S):
             order = order[1:] + order[:1]
             for name in [name for name in order if turn % every[name] == 0]:
-                answer = _answer(racers[name], "step")
+                answer = _answer(racers[name], "step", times=settings.in_a_row)
                 if answer["status"] == "ok":
                     block[name].append(answer["seconds"])
                 else:

@@ -1,4 +1,4 @@
-"""Resident memory of this process, and the most of it since a reset."""
+"""Memory of this process and the most of it since a reset: resident memory, or what PyTorch has allocated on a GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MIB = 2**20
@@ -19,16 +21,34 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
-def resident() -> float:
+def resident(device: str = "cpu") -> float:
     """MiB in use now; the most so far where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated() / MIB
     return _status("VmRSS") if STATUS.exists() else _most_so_far()
 
 
-def peak_of(step: Callable[[], object], times: int = 2) -> tuple[float, str]:
+def taken_by(call: Callable[[], object], device: str) -> float:
+    """The most MiB that one call takes above what was in use."""
+    give_back()
+    before = resident(device)
+    return peak_of(call, device, times=1)[0] - before
+
+
+def peak_of(step: Callable[[], object], device: str = "cpu", times: int = 2) -> tuple[float, str]:
     """The most MiB in use during a step, and how that was measured."""
     give_back()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(times):
+            step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / MIB, "of these steps, allocated on the GPU"
     try:
         CLEAR.write_text("5")  # sets VmHWM back to VmRSS
         kind = "of these steps"

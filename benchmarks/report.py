@@ -1,8 +1,9 @@
 """Render the records in results/ as the tables of README and docs, between their ``<!-- NAME -->`` marks.
 
-    python benchmarks/report.py [--check]
+    python benchmarks/report.py [--check] [--from DIR]
 
-``--check`` writes nothing and fails where a page does not say what the records say.
+``--check`` writes nothing and fails where a page does not say what the records say. ``--from`` prints the tables of
+records that lie elsewhere, such as those of ``gpu.sh``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def noise_cpu(record: dict[str, Any]) -> str:
 def _made(record: dict[str, Any]) -> str:
     where = record["environment"]
     versions = where["versions"]
-    return f"{where['processor']}, {where['cores']} cores, torch {versions['torch']}, opacus {versions['opacus']}."
+    machine = f"{where['gpu']['name']}; " if "gpu" in where else ""
+    machine += f"{where['processor']}, {where['cores']} cores"
+    return f"{machine}, torch {versions['torch']}, opacus {versions['opacus']}."
 
 
 def faults(record: dict[str, Any]) -> str:
@@ -146,7 +149,7 @@ def _percent(part: float) -> str:
 
 def ops(record: dict[str, Any]) -> str:
     """Every op on every backend, and by other means, over its floor."""
-    rows = record["rows"]
+    rows = [row for row in record["rows"] if "p50_ms" in row]
     hows = list(dict.fromkeys(row["how"] for row in rows))
     lines = [f"| op | on | floor, ms | {' | '.join(hows)} |", "|---" * (3 + len(hows)) + "|"]
     for op, what in dict.fromkeys((row["op"], row["what"]) for row in rows):
@@ -156,7 +159,8 @@ def ops(record: dict[str, Any]) -> str:
             f"{found[how]['p50_ms']:.3g} ({found[how]['p50_ms'] / floor:.1f})" if how in found else "" for how in hows
         ]
         lines.append(f"| `{op}` | {what} | {floor:.3g} | {' | '.join(cells)} |")
-    note = "Medians in ms, one thread, and in brackets how many times the floor"
+    where = "" if "gpu" in record["environment"] else ", one thread"
+    note = f"Medians in ms{where}, and in brackets how many times the floor"
     return "\n".join([*lines, "", f"{note}; {_made(record)}"])
 
 
@@ -194,6 +198,10 @@ PAGES: dict[str, dict[str, tuple[str, Table]]] = {
         "fixed_cost": (SCALING, report_step.fixed_cost),
         "scaling": (SCALING, plots.captions),
         "ops": ("ops_cpu", ops),
+        "step_times_cuda": ("step_cuda", report_step.step_times),
+        "step_memory_cuda": ("step_cuda", report_step.step_memory),
+        "why_not_cuda": ("step_cuda", report_step.why_not),
+        "ops_cuda": ("ops_cuda", ops),
         "noise_cpu": ("noise_cpu", noise_cpu),
     },
 }
@@ -217,10 +225,26 @@ def rendered(page: str, text: str) -> str:
     return text
 
 
+STEPS = {"Time": report_step.step_times, "Memory": report_step.step_memory, "Who did not": report_step.why_not}
+BY_PREFIX = {"step_": STEPS, "ops_": {"Ops": ops}, "scaling_": {"The largest batch": report_step.capacity}}
+
+
+def tables_of(folder: Path) -> Iterator[str]:
+    """Headings and tables of the records in a folder that have rows."""
+    for file in sorted(folder.glob("*.json")):
+        for prefix, tables in BY_PREFIX.items():
+            if file.name.startswith(prefix) and (record := json.loads(file.read_text()))["rows"]:
+                yield from (f"## {title}, {file.name}\n\n{render(record)}" for title, render in tables.items())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
+    parser.add_argument("--from", dest="folder", type=Path)
+    arguments = parser.parse_args()
+    if arguments.folder is not None:
+        return print("\n\n".join(tables_of(arguments.folder)))
+    check = arguments.check
     scaling = read(SCALING)
     if scaling is not None and not check:
         plots.draw(scaling)

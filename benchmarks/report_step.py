@@ -176,4 +176,6 @@ def line_through(points: list[tuple[float, float]]) -> tuple[float, float]:
 def _made(record: Row) -> str:
     where = record["environment"]
     versions = where["versions"]
-    return f"{where['processor']}, {where['cores']} cores, torch {versions['torch']}, opacus {versions['opacus']}."
+    machine = f"{where['gpu']['name']}; " if "gpu" in where else ""
+    machine += f"{where['processor']}, {where['cores']} cores"
+    return f"{machine}, torch {versions['torch']}, opacus {versions['opacus']}."

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import gate
+import memory
 import peers
 import torch
 from torch import Tensor, nn
@@ -25,20 +27,24 @@ from torch.optim import Adam
 from workloads import Problem
 
 from dp2vae_fast import PrivacyEngine, ops
+from dp2vae_fast.engine.captured import CapturedBatches
 
 # So small that weights stay where they are, and all variants step on the same numbers. Noise would carry weights away
 # to where numbers are denormal: there gelu_backward took 2.6 times as long.
 LR, BETA1 = 1e-9, 0.9
+CAPTURED_BY = 12  # steps, of batches of 8 or more: the engine first looks at some
 
 
 @dataclass(frozen=True)
 class Run:
-    """A step, and how to set the noise multiplier of those to come; ``optimizer`` is the inner Adam."""
+    """A step, and how to set the noise multiplier of those to come; ``optimizer`` is the inner Adam. A graph takes its
+    memory when it is captured: ``in_graph_mib`` is what that step took above set-up."""
 
     step: Callable[[], object]
     set_noise: Callable[[float], None]
     optimizer: Adam
     model: nn.Module
+    in_graph_mib: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,21 +53,39 @@ class Variant:
 
     Args:
         rounds_up: it clips by an upper bound of each norm (:mod:`gate`).
+        half: it runs under bfloat16 autocast.
     """
 
     title: str
     build: Callable[[Problem, float], Run]
     private: bool = True
     rounds_up: bool = False
+    half: bool = False
+
+    @property
+    def floor(self) -> float:
+        """Of the gate."""
+        return gate.HALF if self.half else gate.ROUNDED_UP if self.rounds_up else gate.FLOOR
 
 
-def adam(model: nn.Module, **how: bool) -> Adam:
-    """Adam whose state exists before the first step, so that it counts as set-up in everybody's memory."""
+def adam(model: nn.Module, *, counted_on_host: bool = False, **how: bool) -> Adam:
+    """Adam whose state exists before the first step, so that it counts as set-up in everybody's memory. Its counters
+    lie where PyTorch's fused Adam wants them, on the parameters' device, or where our own update puts them."""
     optimizer = Adam(model.parameters(), lr=LR, betas=(BETA1, 0.999), **(how or {"fused": True}))
+    group = optimizer.param_groups[0]
     for p in model.parameters():
         moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32), **moments}
+        on_device = (group["fused"] or group["capturable"]) and not counted_on_host
+        step = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
+        optimizer.state[p] = {"step": step, **moments}
     return optimizer
+
+
+def forget_steps(optimizer: Adam) -> None:
+    """Adam's state as before its first step, in place."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
 
 
 def released(run: Run) -> dict[str, Tensor]:
@@ -89,11 +113,27 @@ def channels_last(problem: Problem) -> Problem:
     )
 
 
+def in_half(losses: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """The same under bfloat16 autocast, with losses in float32."""
+
+    def under_autocast(*given: Any) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return losses(*given).float()
+
+    return under_autocast
+
+
 def non_private(
-    problem: Problem, bound: float, compiled: bool = False, channels_innermost: bool = False, **how: bool
+    problem: Problem,
+    bound: float,
+    compiled: bool = False,
+    channels_innermost: bool = False,
+    half: bool = False,
+    **how: bool,
 ) -> Run:
     problem = channels_last(problem) if channels_innermost else problem
     optimizer, losses = adam(problem.model, **how), problem.losses
+    losses = in_half(losses, problem.device) if half else losses
     call = torch.compile(losses) if compiled else losses
 
     def step() -> None:
@@ -104,11 +144,35 @@ def non_private(
     return Run(step, lambda _: None, optimizer, problem.model)
 
 
+def non_private_graph(problem: Problem, bound: float, **options: bool) -> Run:
+    """The whole step, Adam included, captured as one CUDA graph over this batch."""
+    if problem.device.type != "cuda":
+        raise NotImplementedError(f"there are no graphs on {problem.device.type}")
+    run = non_private(problem, bound, fused=True, capturable=True, **options)
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            run.step()
+    here.wait_stream(aside)
+    run.optimizer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+
+    def capture() -> None:
+        with torch.cuda.graph(graph):
+            run.step()
+
+    taken = memory.taken_by(capture, problem.device.type)
+    forget_steps(run.optimizer)
+    return Run(graph.replay, run.set_noise, run.optimizer, run.model, taken)
+
+
 def ours(
     problem: Problem,
     bound: float,
     channels_innermost: bool = False,
     compiled: bool = False,
+    half: bool = False,
     backend: str = "",
     physical_batches: int = 1,
     **options: Any,
@@ -116,7 +180,7 @@ def ours(
     """``options`` are those of ``PrivacyEngine.privatize``; ``backend`` is what every op must run on; a step takes its
     batch in so many ``physical_batches``."""
     problem = channels_last(problem) if channels_innermost else problem
-    inner = adam(problem.model)
+    inner = adam(problem.model, counted_on_host=True)
     module, optimizer = PrivacyEngine().privatize(
         problem.model,
         inner,
@@ -138,11 +202,47 @@ def ours(
             take(last)
 
     def take(part: Problem) -> None:
+        losses = partial(part.losses, call)
         optimizer.zero_grad()
-        part.losses(call).sum().backward()
+        (in_half(losses, problem.device) if half else losses)().sum().backward()
         optimizer.step()
 
     return Run(step, partial(setattr, optimizer, "noise_multiplier"), inner, problem.model)
+
+
+def ours_captured(problem: Problem, bound: float, channels_innermost: bool = False, half: bool = False) -> Run:
+    """Forward, backward and clipping as a CUDA graph (``CapturedBatches``), which is captured before the gate looks:
+    what it judges and what is timed are replays."""
+    problem = channels_last(problem) if channels_innermost else problem
+    inner = adam(problem.model, counted_on_host=True)
+    module, optimizer = PrivacyEngine().privatize(
+        problem.model,
+        inner,
+        noise_multiplier=0.0,
+        max_grad_norm=bound,
+        sample_rate=0.01,
+        expected_batch_size=problem.batch,
+    )
+    count = len(problem.inputs)
+
+    def losses(*batch: Tensor) -> Tensor:
+        return problem.loss.of_records(module(*batch[:count]), *batch[count:])
+
+    batches = CapturedBatches(optimizer, in_half(losses, problem.device) if half else losses)
+
+    def step() -> None:
+        batches(*problem.inputs, *problem.targets)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    taken: float | None = None
+    for _ in range(CAPTURED_BY):
+        if not batches.captured:
+            taken = memory.taken_by(step, problem.device.type)
+    if not batches.captured:
+        raise NotImplementedError(f"not captured: {batches.reason}")
+    forget_steps(inner)
+    return Run(step, partial(setattr, optimizer, "noise_multiplier"), inner, problem.model, taken)
 
 
 def per_sample(problem: Problem, bound: float) -> Run:
@@ -189,8 +289,21 @@ VARIANTS = {
         "non-private, channels last", partial(non_private, channels_innermost=True), private=False
     ),
     "non-private-compiled": Variant("non-private, compiled", partial(non_private, compiled=True), private=False),
+    "non-private-graph": Variant("non-private, CUDA graph", non_private_graph, private=False),
+    "non-private-bf16": Variant("non-private, bf16", partial(non_private, half=True), private=False, half=True),
+    "non-private-bf16-channels-last": Variant(
+        "non-private, bf16, channels last",
+        partial(non_private, half=True, channels_innermost=True),
+        private=False,
+        half=True,
+    ),
     "ours": Variant("ours", ours, rounds_up=True),
     "ours-channels-last": Variant("ours, channels last", partial(ours, channels_innermost=True), rounds_up=True),
+    "ours-captured": Variant("ours, CUDA graph", ours_captured, rounds_up=True),
+    "ours-bf16": Variant("ours, bf16", partial(ours, half=True), rounds_up=True, half=True),
+    "ours-bf16-channels-last": Variant(
+        "ours, bf16, channels last", partial(ours, half=True, channels_innermost=True), rounds_up=True, half=True
+    ),
     "ours-low-memory": Variant("ours, max_memory_overhead=1", partial(ours, max_memory_overhead=1.0), rounds_up=True),
     "ours-in-halves": Variant("ours, two physical batches", partial(ours, physical_batches=2), rounds_up=True),
     "ours-any-memory": Variant(
@@ -207,6 +320,14 @@ VARIANTS = {
     "fastdp-mixopt-origin": Variant("FastDP MixOpt, origin", partial(peer, make=peers.fastdp, origin=True)),
     "vmap": Variant("vmap(grad)", per_sample),
 }
+
+
+# On a GPU; what runs nowhere else is no row of a CPU's table.
+ON_GPU = ["non-private", "non-private-graph", "non-private-compiled", "non-private-channels-last"]
+ON_GPU += ["non-private-bf16", "non-private-bf16-channels-last"]
+ON_GPU += ["ours", "ours-captured", "ours-channels-last", "ours-bf16", "ours-bf16-channels-last", "ours-reference"]
+ON_GPU += ["opacus-hooks", "opacus-functorch", "opacus-ghost", "fastdp-mixopt", "vmap"]
+ON_CPU = [name for name in VARIANTS if name not in ("non-private-graph", "ours-captured") and "bf16" not in name]
 
 
 def titles(names: list[str]) -> dict[str, str]:

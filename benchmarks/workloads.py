@@ -47,10 +47,19 @@ class Problem:
     def batch(self) -> int:
         return len(self.targets[0])
 
+    @property
+    def device(self) -> torch.device:
+        return self.targets[0].device
+
     def losses(self, model: Callable[..., Tensor] | None = None) -> Tensor:
         """Per-sample losses [N] of ``model``, the problem's own unless given."""
         call = self.model if model is None else model
         return self.loss.of_records(call(*self.inputs), *self.targets)
+
+    def to(self, device: str) -> Problem:
+        """The same there; the model itself is moved."""
+        inputs, targets = (tuple(x.to(device) for x in xs) for xs in (self.inputs, self.targets))
+        return replace(self, model=self.model.to(device), inputs=inputs, targets=targets)
 
     def parts(self, count: int) -> list[Problem]:
         """The same of ``count`` parts of its records."""
@@ -112,7 +121,7 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         cut = images.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch)).permute(0, 2, 4, 1, 3, 5)
         x = self.patches(cut.flatten(3).flatten(1, 2))
-        x = x + self.positions(torch.arange(x.shape[1]).repeat(len(x), 1))
+        x = x + self.positions(torch.arange(x.shape[1], device=x.device).repeat(len(x), 1))
         return self.head(self.norm(self.blocks(x)).mean(1))
 
 
@@ -187,10 +196,15 @@ def _family(size: int = 32, width: int = 32, depth: int = 1) -> nn.Module:
 
 PAIRS = {"W1": _w1, "W2": _w2, "W3": _w3, "W4": _w4}
 BATCH = {"W1": 256, "W2": 64, "W3": 512, "W4": 32, "cnn": 128, "vit": 64, "family": 64}
+GPU_BATCH = {"W1": 2048, "W2": 512, "W3": 4096, "W4": 256, "cnn": 1024, "vit": 512, "family": 128}
 SHAPE = {"W1": (1, 28, 28), "W2": (3, 64, 64), "W3": (784,), "W4": (3, 64, 64), "cnn": (3, 32, 32), "vit": (3, 32, 32)}
 LATENTS = {"W1": 64, "W2": 128, "W3": 64, "W4": 128, "family": 64}
 BINARY = ("W1", "W3")
 PRESETS = [*(f"{pair}-{part}" for pair in PAIRS for part in ("decoder", "vae")), "cnn", "vit"]
+# With a GPU's batches, the most telling first.
+ON_GPU = [f"W{n}-decoder@{GPU_BATCH[f'W{n}']}" for n in (2, 4, 1, 3)]
+ON_GPU += ["family:size=128,width=32@128", "family:size=256,width=16@64"]
+ON_GPU += [f"W{n}-vae@{GPU_BATCH[f'W{n}']}" for n in (2, 4, 1, 3)] + ["cnn@1024", "vit@512"]
 
 
 def _binary(output: Tensor, images: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""Block sizes and launch options of the kernels, by GPU architecture: plain data, to be replaced by measured values.
+"""Block sizes and launch options of the kernels, by GPU architecture: plain data.
+
+The table below was chosen by reason. ``benchmarks/tune.py`` measures rows on a GPU and writes them to
+``tuned/sm_XX.json`` beside this file, ``{"rows": {kernel: [[largest size or null, options], ...]}}``; a kernel that is
+not in it keeps the row below.
 
 An entry of a kernel is a list of (largest size that it is for, options), in ascending order; what the size is, each
 kernel says. Products have a row for each way to multiply: ``ieee``, float32 on the ordinary cores; ``tf32`` and
@@ -7,7 +11,9 @@ kernel says. Products have a row for each way to multiply: ``ieee``, float32 on 
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -65,7 +71,17 @@ _DEFAULT: dict[str, list[tuple[int, Options]]] = {
     "layer_norm": [(1024, dict(ROWS=32, num_warps=4)), (ANY, dict(ROWS=32, num_warps=8))],
     "noise": [(ANY, dict(BLOCK=128, num_warps=4))],
 }
-TABLE: dict[str, dict[str, list[tuple[int, Options]]]] = {"default": _DEFAULT}
+Table = dict[str, list[tuple[int, Options]]]
+TUNED = Path(__file__).parent / "tuned"
+
+
+def read(file: Path) -> Table:
+    """The rows of a file that ``benchmarks/tune.py`` wrote."""
+    kernels = json.loads(file.read_text())["rows"].items()
+    return {kernel: [(ANY if largest is None else largest, how) for largest, how in rows] for kernel, rows in kernels}
+
+
+TABLE: dict[str, Table] = {"default": _DEFAULT, **{file.stem: read(file) for file in sorted(TUNED.glob("*.json"))}}
 
 
 def architecture(like: Tensor) -> str:

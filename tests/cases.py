@@ -149,9 +149,20 @@ LAYER_CASES = [
 ]
 
 
+def lying(x: Tensor, memory: str) -> Tensor:
+    """The same values: "contiguous", "channels last", or "strided", with NaN between them."""
+    if memory == "channels last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if memory == "strided":
+        between = torch.full_like(x, torch.nan) if x.is_floating_point() else torch.zeros_like(x)
+        return torch.stack([x, between], -1)[..., 0]
+    return x
+
+
 def record_loss(output: Tensor) -> Tensor:
     """A loss of each record, [N], whose output gradient differs at every position."""
-    weights = torch.linspace(0.5, 1.5, output.shape[1:].numel(), dtype=output.dtype).reshape(output.shape[1:])
+    weights = torch.linspace(0.5, 1.5, output.shape[1:].numel(), dtype=output.dtype, device=output.device)
+    weights = weights.reshape(output.shape[1:])
     return (weights * output.sin() + 0.1 * output.square()).flatten(1).sum(1)
 
 

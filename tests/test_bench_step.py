@@ -14,7 +14,9 @@ from bench_scaling import largest, points
 from contestant import Contestant
 from harness import Lost, Process, Settings, measure
 from record import Record
+from test_captured import Again
 
+from dp2vae_fast.engine import captured
 from dp2vae_fast.ops import _op
 
 TINY = "W1-decoder@6"
@@ -29,12 +31,35 @@ def truth():
 def verdict(truth: gate.Truth, variant: variants.Variant) -> gate.Verdict:
     run = variant.build(workloads.make(TINY), truth.bound)
     run.step()
-    return gate.judge(variants.released(run), truth.sums[variant.private], variant.rounds_up)
+    return gate.judge(variants.released(run), truth.of(variant.private, variant.half), variant.floor)
 
 
-@pytest.mark.parametrize("name", ["non-private", "ours", "ours-channels-last", "opacus-hooks", "opacus-ghost", "vmap"])
+RIGHT = ["non-private", "non-private-bf16", "ours", "ours-channels-last", "ours-bf16", "opacus-hooks", "opacus-ghost"]
+
+
+@pytest.mark.parametrize("name", [*RIGHT, "vmap"])
 def test_the_gate_lets_right_steps_pass(truth, name):
     assert not verdict(truth, variants.VARIANTS[name]).wrong
+
+
+@pytest.mark.parametrize("fault", ["CLIPS_TO_MORE", "DROPS_A_BIAS", "DOES_NOT_CLIP"])
+def test_the_gate_is_a_gate_under_bfloat16_too(truth, fault):
+    assert verdict(truth, replace(getattr(planted, fault), half=True)).wrong
+
+
+def test_what_is_captured_is_judged_when_it_is_replayed(truth, monkeypatch):
+    """With the stand-in for a graph of tests/test_captured.py where there is no GPU."""
+    monkeypatch.setattr(captured, "_Graph", Again)
+    monkeypatch.setattr(captured, "_why_no_graph", lambda device: "")
+    Again.captures = 0
+    assert not verdict(truth, variants.VARIANTS["ours-captured"]).wrong and Again.captures == 1
+
+
+@pytest.mark.filterwarnings("ignore:batches are not captured")
+@pytest.mark.parametrize("name", ["ours-captured", "non-private-graph"])
+def test_without_a_gpu_nothing_is_captured(truth, name):
+    with pytest.raises(NotImplementedError, match="there are no graphs on cpu"):
+        verdict(truth, variants.VARIANTS[name])
 
 
 @pytest.mark.parametrize(
@@ -110,7 +135,7 @@ class Actor:
 @pytest.mark.parametrize(("free", "heats"), [(1.0, 1), (0.1, 2)])
 def test_what_does_not_fit_together_races_in_heats(monkeypatch, free, heats):
     monkeypatch.setattr(harness, "Process", Actor)
-    monkeypatch.setattr(harness, "free_memory", lambda: free)
+    monkeypatch.setattr(harness, "free_memory", lambda device: free)
     row = measure(TINY, 1, "default", ["base", "one", "two"], Settings(rounds=3, fewest=3, patience=0.0))
     assert row["heats"] == heats
     assert [result["times"] for result in row["variants"].values()] == [3, 3, 3]

@@ -20,9 +20,9 @@ STEPS = 4
 ROUNDINGS = 20
 
 
-def some(dtype: torch.dtype, seed: int) -> list[Tensor]:
+def some(dtype: torch.dtype, seed: int, device: str = "cpu") -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in SHAPES]
 
 
 @functools.cache
@@ -89,23 +89,23 @@ def names(settings: dict) -> str:
     return ", ".join(name if value is True else f"{name} {value}" for name, value in settings.items() if value) or "-"
 
 
-def sums_at(step: int, dtype: torch.dtype) -> list[Tensor]:
+def sums_at(step: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     """Sums of gradients that shrink, so that the largest second moment is not the last."""
-    return [total / 4**step for total in some(dtype, 10 + step)]
+    return [total / 4**step for total in some(dtype, 10 + step, device)]
 
 
-def run_sgd(settings: dict, dtype: torch.dtype, backend: str) -> list[list[Tensor]]:
+def run_sgd(settings: dict, dtype: torch.dtype, backend: str, device: str = "cpu") -> list[list[Tensor]]:
     """Parameters and momentum buffers after `STEPS` steps; checks on the way that the sums are only read."""
-    params = some(dtype, 0)
+    params = some(dtype, 0, device)
     buffers = [torch.full_like(p, math.nan) for p in params] if settings["momentum"] else []
     for step in range(STEPS):
-        sums = sums_at(step, dtype)
+        sums = sums_at(step, dtype, device)
         noise.noise_sgd_(
             params,
             sums,
             buffers,
-            KEY,
-            torch.tensor(step),
+            KEY.to(device),
+            torch.tensor(step, device=device),
             2,
             INDICES,
             STD,
@@ -119,25 +119,26 @@ def run_sgd(settings: dict, dtype: torch.dtype, backend: str) -> list[list[Tenso
             first_step=step == 0,
             backend=backend,
         )
-        assert all(same_bits(s, t) and s._version == 0 for s, t in zip(sums, sums_at(step, dtype), strict=True))
+        assert all(same_bits(s.cpu(), t) for s, t in zip(sums, sums_at(step, dtype), strict=True))
+        assert all(s._version == 0 for s in sums)
     return [params, buffers]
 
 
-def run_adam(settings: dict, dtype: torch.dtype, backend: str) -> list[list[Tensor]]:
+def run_adam(settings: dict, dtype: torch.dtype, backend: str, device: str = "cpu") -> list[list[Tensor]]:
     """Parameters and moments after `STEPS` steps; checks on the way that the sums are only read."""
-    params = some(dtype, 0)
+    params = some(dtype, 0, device)
     first, second, largest = ([torch.zeros_like(p) for p in params] for _ in range(3))
     largest = largest if settings["amsgrad"] else []
     for step in range(STEPS):
-        sums = sums_at(step, dtype)
+        sums = sums_at(step, dtype, device)
         noise.noise_adam_(
             params,
             sums,
             first,
             second,
             largest,
-            KEY,
-            torch.tensor(step),
+            KEY.to(device),
+            torch.tensor(step, device=device),
             2,
             INDICES,
             STD / 4**step,
@@ -151,7 +152,8 @@ def run_adam(settings: dict, dtype: torch.dtype, backend: str) -> list[list[Tens
             settings["maximize"],
             backend=backend,
         )
-        assert all(same_bits(s, t) and s._version == 0 for s, t in zip(sums, sums_at(step, dtype), strict=True))
+        assert all(same_bits(s.cpu(), t) for s, t in zip(sums, sums_at(step, dtype), strict=True))
+        assert all(s._version == 0 for s in sums)
     return [params, first, second, largest]
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cases import lying
 from torch import Tensor, nn
 
 from dp2vae_fast import ops
@@ -65,11 +66,7 @@ def conv_product(shape: Shape, dtype: torch.dtype = torch.float32, memory: str =
     dims = layer.weight.dim() - 2
     lists = [tuple(ops.per_dim(getattr(layer, key), dims, key)) for key in ("stride", "padding", "dilation")]
     geometry = ConvGeometry(tuple(layer.weight.shape), *lists, layer.groups, layer.transposed)
-    x, b = x.to(dtype), b.to(dtype)
-    if memory == "channels last":
-        x, b = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, b))
-    elif memory == "strided":
-        x, b = (torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0] for t in (x, b))
+    x, b = (lying(t.to(dtype), memory) for t in (x, b))
     return ConvProduct(x, b, geometry)
 
 

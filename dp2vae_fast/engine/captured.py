@@ -86,6 +86,16 @@ class CapturedBatches:
         else:
             optimizer.clipping.second_look = False
 
+    @property
+    def captured(self) -> bool:
+        """Whether the last batch was replayed, or captured to be."""
+        return self._graph is not None
+
+    @property
+    def reason(self) -> str:
+        """Why nothing is captured; empty where nothing speaks against it."""
+        return self._reason
+
     def __call__(self, *inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Forward, backward, and the clipped sum of one batch.
 
