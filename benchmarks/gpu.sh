@@ -147,7 +147,8 @@ else
     step build 40 bash -c "build 1" || ((list)) || step build-without-cuda 30 bash -c "build 0"
   fi
   tests tests 30 tests/test_cuda.py tests/test_captured.py
-  tests tests-triton 25 tests/test_triton.py tests/test_triton_noise.py tests/test_triton_norm.py
+  tests tests-triton 25 tests/test_triton.py tests/test_triton_noise.py tests/test_triton_norm.py \
+    tests/test_triton_weighted.py tests/test_triton_engine.py
   step step 25 "$python" benchmarks/bench_step.py --device cuda "${quick[@]}" "${rival[@]}" --again \
     --minutes "$(part 18)" --workloads W2-decoder@512 W4-decoder@256 W1-decoder@2048 W3-decoder@4096 \
     --variants "${main_variants[@]}" --out "$out/step_main_cuda.json"

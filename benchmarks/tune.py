@@ -46,6 +46,9 @@ PRODUCTS = {"ieee": torch.float32, "tf32": torch.float32, "narrow": torch.bfloat
 NEAR: dict[str, dict[str, list[int]]] = {
     "noise": {"BLOCK": [64, 128, 256, 512], "num_warps": [1, 2, 4, 8]},
     "product": {"BLOCK_P": [32, 64, 128], "BLOCK_D": [32, 64, 128, 256], "BLOCK_T": [16, 32, 64], "num_warps": [4, 8]},
+    "weighted": {"BLOCK_P": [32, 64, 128], "BLOCK_D": [32, 64, 128], "BLOCK_T": [16, 32, 64], "num_warps": [4, 8]},
+    "kept": {"ROWS": [4, 8, 16, 32], "BLOCK": [128, 256, 512], "num_warps": [4, 8]},
+    "add_parts": {"ROWS": [8, 16, 32], "BLOCK": [64, 128, 256], "num_warps": [2, 4, 8]},
     "gram": {"BLOCK_K": [32, 64, 128], "num_warps": [2, 4, 8], "num_stages": [2, 3, 4], "BLOCK_T": [16, 32, 64, 128]},
     "channels": {"BLOCK_C": [1, 4, 8, 16, 64], "BLOCK_S": [16, 64, 256, 1024], "num_warps": [1, 2, 4, 8]},
     "square_sums": {"BLOCK": [512, 1024, 2048, 4096], "CHUNK": [4096, 8192, 16384, 65536], "num_warps": [4, 8]},
@@ -87,6 +90,10 @@ def jobs(dry: bool) -> Iterator[Job]:
     for kind, dtype in PRODUCTS.items():
         yield Job(f"product {kind}", 0, pick(image, "kept"), dtype, kind == "tf32")
     for kind, dtype in PRODUCTS.items():
+        for row, positions in ((1, 70 if dry else 256), (0, 16)):
+            case = pick(linear("weighted", n(512), positions, *((8, 8) if dry else (512, 256))), "weighted_sum")
+            yield Job(f"weighted {kind}", row, case, dtype, kind == "tf32")
+    for kind, dtype in PRODUCTS.items():
         for row, (largest, _) in reversed(list(enumerate(blocks._DEFAULT[f"gram {kind}"]))):
             positions = min(largest, 20 if dry else 256)
             case = pick(linear("gram", n(256), positions, *((8, 8) if dry else (256, 512))), "_norm_sq")
@@ -96,6 +103,8 @@ def jobs(dry: bool) -> Iterator[Job]:
         yield Job("channels", row, _norm_case("group_norm_grad_sample", (records, 16 if dry else 128, sites), 8))
     for row, numbers in ((1, 5000 if dry else 2**17), (0, 100 if dry else 4096)):
         yield Job("square_sums", row, _formed(records, numbers))
+    yield Job("kept", 0, _weighted(n(1024), 300 if dry else 2**16))
+    yield Job("add_parts", 0, _weighted(30 if dry else 4096, 40 if dry else 2**10))
     yield Job("combine", 0, pick(image, "conv_norm_sq"))
     for row, features in ((1, 1100 if dry else 2048), (0, 40 if dry else 512)):
         case = pick(linear("one position", n(4096), 1, features, features), "_norm_sq")
@@ -115,6 +124,19 @@ def _formed(records: int, numbers: int) -> Case:
         return bench_ops._bounded(result, arguments[0][:2].double())
 
     return Case("grad_sample_norm_sq", f"N={records}, {numbers}", lambda: [bench_ops._normal(records, numbers)], check)
+
+
+def _weighted(records: int, numbers: int) -> Case:
+    """Their sum with a factor a record."""
+
+    def check(arguments: list[Any], result: Any) -> bool:
+        values, factors = (x.double() for x in arguments)
+        return bench_ops._close(result, factors @ values)
+
+    factors = torch.linspace(0.1, 1, records)
+    return Case(
+        "kept_weighted_sum", f"N={records}, {numbers}", lambda: [bench_ops._normal(records, numbers), factors], check
+    )
 
 
 def _norm_case(op: str, shape: tuple[int, ...], how: int) -> Case:
@@ -186,10 +208,13 @@ def tune(job: Job, architecture: str, device: str, most: int, seconds: float) ->
 
 
 def right(job: Job, arguments: list[Any], result: Any) -> bool:
-    """The gate of bench_ops.py; where operands are cut to TF32, its error bound alone, which must know of that."""
+    """The gate of bench_ops.py; where operands are cut to TF32, its error bound alone, which must know of that, and of a
+    sum, each of whose two operands may be off by 2^-11, the distance."""
     if not job.tf32:
         return job.case.check(arguments, result)
     with_exact = OPS[job.case.op].reference(*(x.double() if isinstance(x, torch.Tensor) else x for x in arguments))
+    if isinstance(result, torch.Tensor):
+        return bool((result - with_exact).norm() <= 2.0**-10 * with_exact.norm())
     norm_sq, error = (x.double() for x in result[-2:])
     return bool(((norm_sq - with_exact[-2]).abs() <= error + 0.01 * with_exact[-2]).all())
 

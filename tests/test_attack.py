@@ -17,7 +17,7 @@ from torch import Tensor
 from dp2vae_fast import ops
 from dp2vae_fast.engine.clipping import AutomaticClipping, FlatClipping, GroupClipping
 from dp2vae_fast.engine.gradients import Gradient, Kept
-from dp2vae_fast.engine.precision import RECORDS_PER_PART, records_at_most, sum_rounding
+from dp2vae_fast.engine.precision import RECORDS_PER_PART, records_at_most, roundings_on, sum_rounding
 from dp2vae_fast.engine.products import ConvGeometry, ConvProduct, EmbeddingProduct, LinearProduct
 from dp2vae_fast.ops import _op
 from dp2vae_fast.ops import norm as norm_ops
@@ -199,6 +199,14 @@ def test_products_over_positions_do_not_mix_records(positions: int):
     coarse = float((gradient.weighted_sum(factors, torch.float32).double() - parts).norm())
     assert fine <= 0.5 * sum_rounding(50)
     assert fine < coarse
+
+
+@pytest.mark.parametrize("allowed", ["ieee", "tf32"])
+def test_sums_on_tensor_cores_are_counted_where_they_may_be(monkeypatch, allowed: str):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", allowed)
+    assert roundings_on(torch.device("cpu")) == 1
+    assert roundings_on(torch.device("cuda")) == (3 if allowed == "tf32" else 1)
+    assert sum_rounding(256, roundings=3) > 2.5 * sum_rounding(256)
 
 
 @pytest.mark.parametrize("expected", [1, 16, 256, 4096])

@@ -18,7 +18,7 @@ from .capture import Capture
 from .clipping import FlatClipping
 from .gradients import Gradient
 from .keystream import Stream
-from .precision import full_precision, sum_rounding
+from .precision import full_precision, roundings_on, sum_rounding
 from .update import FusedUpdate
 
 
@@ -126,7 +126,8 @@ class DPOptimizer(OpacusDPOptimizer):
         exact = all(p.dtype == torch.float64 for p in self.params)
         dtype = torch.float64 if exact else torch.float32
         largest = self.largest_batch * self.accumulated_iterations
-        return bound * (1.0 + sum_rounding(self._expected_records, dtype, largest))
+        roundings = max((roundings_on(p.device) for p in self.params), default=1)
+        return bound * (1.0 + sum_rounding(self._expected_records, dtype, largest, roundings))
 
     @property
     def _expected_records(self) -> float:

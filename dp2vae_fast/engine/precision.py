@@ -10,6 +10,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from ..ops.norm import MMA_ROUNDINGS
+
 # A sum over many records is formed in parts, and blocks of parts, so that no term passes through many additions.
 RECORDS_PER_PART, PARTS_PER_BLOCK = 128, 16
 # A draw has more records than `records_at_most` with a probability below this.
@@ -49,8 +51,17 @@ def records_at_most(expected: float) -> int:
     return math.ceil(expected + tail / 3 + math.sqrt((tail / 3) ** 2 + 2 * tail * expected))
 
 
+def roundings_on(device: torch.device) -> int:
+    """Of an addition within a part of a sum over records on such a device: three where layers of one position may be
+    multiplied on tensor cores, as TF32."""
+    tf32 = str(torch.backends.cuda.matmul.fp32_precision) == "tf32"  # type: ignore[attr-defined]
+    return MMA_ROUNDINGS if tf32 and device.type != "cpu" else 1
+
+
 @functools.lru_cache(maxsize=16)  # a step asks for the same each time
-def sum_rounding(expected_records: float, dtype: torch.dtype = torch.float32, largest: float = 0) -> float:
+def sum_rounding(
+    expected_records: float, dtype: torch.dtype = torch.float32, largest: float = 0, roundings: int = 1
+) -> float:
     """How far rounding can move the clipped sum when one record joins or leaves, in units of the clipping bound C.
 
     Every term ``c_n g_n`` is at most C long and passes through at most h additions, so either of the two sums is off
@@ -73,8 +84,9 @@ def sum_rounding(expected_records: float, dtype: torch.dtype = torch.float32, la
     Args:
         expected_records: of a Poisson draw.
         largest: records of the largest batch, where batches are drawn otherwise.
+        roundings: of an addition within a part (:func:`roundings_on`).
     """
     records = max(records_at_most(expected_records), largest)
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     products = records * 2.0**-53 * math.sqrt(MAX_POSITIONS / (2 * 2.0**-24 * STILL_COUNTED))
-    return 1.01 * 2 * records * ((RECORDS_PER_PART + PARTS_PER_BLOCK + 4) * unit + products)
+    return 1.01 * 2 * records * ((roundings * RECORDS_PER_PART + PARTS_PER_BLOCK + 4) * unit + products)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.accounting import Mechanism, epsilon, gaussian_dp_mu
-from ..engine.precision import sum_rounding
+from ..engine.precision import roundings_on, sum_rounding
 from ..runs.checkpoint import write_json, write_text
 from ..runs.environment import versions
 from .encoder import EncoderMode
@@ -67,6 +67,7 @@ def report_on(stage: Stage, mode: EncoderMode, warnings: Sequence[str]) -> dict[
     """The report of a finished run: what its ledger counts, and the public settings it counted under."""
     privacy, data, train = stage.config.privacy, stage.config.data, stage.train
     engine = stage.config.performance.engine
+    rounding = sum_rounding(privacy.expected_batch_size, roundings=roundings_on(stage.device))
     constants: dict[str, Any] = {
         "image_shape": list(train.image_shape),
         "classes": stage.spec.num_classes,
@@ -95,8 +96,7 @@ def report_on(stage: Stage, mode: EncoderMode, warnings: Sequence[str]) -> dict[
             clipping={
                 "mode": "flat, over all trainable parameters together",
                 "max_grad_norm": privacy.max_grad_norm,
-                "sensitivity": privacy.max_grad_norm
-                * (1 + (sum_rounding(privacy.expected_batch_size) if engine == "fused" else 0)),
+                "sensitivity": privacy.max_grad_norm * (1 + (rounding if engine == "fused" else 0)),
                 "records": f"one unit each, {stage.config.model.iwae_samples} row(s) a record",
             },
             public_constants=constants,
