@@ -208,8 +208,8 @@ def tune(job: Job, architecture: str, device: str, most: int, seconds: float) ->
 
 
 def right(job: Job, arguments: list[Any], result: Any) -> bool:
-    """The gate of bench_ops.py; where operands are cut to TF32, its error bound alone, which must know of that, and of a
-    sum, each of whose two operands may be off by 2^-11, the distance."""
+    """The gate of bench_ops.py; where operands are cut to TF32, its error bound alone, which must know of that, and the
+    distance of a sum, each of whose two operands may be off by 2^-11."""
     if not job.tf32:
         return job.case.check(arguments, result)
     with_exact = OPS[job.case.op].reference(*(x.double() if isinstance(x, torch.Tensor) else x for x in arguments))

@@ -202,10 +202,14 @@ def test_products_over_positions_do_not_mix_records(positions: int):
 
 
 @pytest.mark.parametrize("allowed", ["ieee", "tf32"])
-def test_sums_on_tensor_cores_are_counted_where_they_may_be(monkeypatch, allowed: str):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", allowed)
-    assert roundings_on(torch.device("cpu")) == 1
-    assert roundings_on(torch.device("cuda")) == (3 if allowed == "tf32" else 1)
+def test_sums_on_tensor_cores_are_counted_where_they_may_be(allowed: str):
+    products, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    try:
+        products.fp32_precision = allowed
+        assert roundings_on(torch.device("cpu")) == 1
+        assert roundings_on(torch.device("cuda")) == (3 if allowed == "tf32" else 1)
+    finally:
+        products.fp32_precision = before
     assert sum_rounding(256, roundings=3) > 2.5 * sum_rounding(256)
 
 
