@@ -167,6 +167,21 @@ def non_private_graph(problem: Problem, bound: float, **options: bool) -> Run:
     return Run(graph.replay, run.set_noise, run.optimizer, run.model, taken)
 
 
+def privatized(problem: Problem, bound: float, **options: Any) -> tuple[Adam, Any, Any]:
+    """Adam, and model and optimizer made private with it, without noise."""
+    inner = adam(problem.model, counted_on_host=True)
+    module, optimizer = PrivacyEngine().privatize(
+        problem.model,
+        inner,
+        noise_multiplier=0.0,
+        max_grad_norm=bound,
+        sample_rate=0.01,
+        expected_batch_size=problem.batch,
+        **options,
+    )
+    return inner, module, optimizer
+
+
 def ours(
     problem: Problem,
     bound: float,
@@ -180,16 +195,7 @@ def ours(
     """``options`` are those of ``PrivacyEngine.privatize``; ``backend`` is what every op must run on; a step takes its
     batch in so many ``physical_batches``."""
     problem = channels_last(problem) if channels_innermost else problem
-    inner = adam(problem.model, counted_on_host=True)
-    module, optimizer = PrivacyEngine().privatize(
-        problem.model,
-        inner,
-        noise_multiplier=0.0,
-        max_grad_norm=bound,
-        sample_rate=0.01,
-        expected_batch_size=problem.batch,
-        **options,
-    )
+    inner, module, optimizer = privatized(problem, bound, **options)
     call: Any = torch.compile(module) if compiled else module
     *first, last = problem.parts(physical_batches)
 
@@ -214,15 +220,7 @@ def ours_captured(problem: Problem, bound: float, channels_innermost: bool = Fal
     """Forward, backward and clipping as a CUDA graph (``CapturedBatches``), which is captured before the gate looks:
     what it judges and what is timed are replays."""
     problem = channels_last(problem) if channels_innermost else problem
-    inner = adam(problem.model, counted_on_host=True)
-    module, optimizer = PrivacyEngine().privatize(
-        problem.model,
-        inner,
-        noise_multiplier=0.0,
-        max_grad_norm=bound,
-        sample_rate=0.01,
-        expected_batch_size=problem.batch,
-    )
+    inner, module, optimizer = privatized(problem, bound)
     count = len(problem.inputs)
 
     def losses(*batch: Tensor) -> Tensor:

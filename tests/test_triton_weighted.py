@@ -7,7 +7,7 @@ import torch
 from test_attack import adversarial, hostile_sum, tf32
 from test_products import SHAPES, Shape, conv_product
 from test_triton import DEVICE
-from test_triton_norm import DTYPES, pair
+from test_triton_norm import DTYPES, convolution_cases, pair
 from torch import Tensor
 
 from dp2vae_fast import ops
@@ -103,14 +103,9 @@ def test_operands_of_two_dtypes_and_any_strides():
 
 FEW = ["1-d", "1-d long", "one position", "1x1 strided", "1x1 padded", "dilated", "wide stride", "grouped", "lopsided"]
 FEW += ["3x3 many positions", "depthwise", "decoder", "transposed, all at once", "3-d", "3-d transposed"]
-CASES = [(s, "contiguous", torch.float32) for s in SHAPES if s.name in FEW]
-CASES += [
-    (s, m, torch.float32) for s in SHAPES if s.name in ("dilated", "decoder") for m in ("channels last", "strided")
-]
-CASES += [(s, "contiguous", d) for s in SHAPES if s.name in ("dilated", "decoder") for d in DTYPES[1:]]
 
 
-@pytest.mark.parametrize("shape, memory, dtype", CASES, ids=lambda x: getattr(x, "name", str(x)))
+@pytest.mark.parametrize("shape, memory, dtype", convolution_cases(FEW), ids=lambda x: getattr(x, "name", str(x)))
 def test_convolutions(shape: Shape, memory: str, dtype: torch.dtype):
     product = on_device(conv_product(shape, dtype, memory))
     factors = some_factors(product.records)

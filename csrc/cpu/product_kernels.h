@@ -214,7 +214,7 @@ void pack_runs(const Product& p, const T* from, float* to, int64_t width) {
                    out + x * width + tap.begin * p.channels);
         };
         for (int64_t x = 0; x < begin; ++x) part(x);
-        if (run == 4)
+        if (run == 4)  // one move, when it is known: the last layer of a decoder of grey images
           for (int64_t x = begin; x < end; ++x) copy_run(pixels + x * hop, 4, out + x * width);
         else
           for (int64_t x = begin; x < end; ++x) copy_run(pixels + x * hop, run, out + x * width);
