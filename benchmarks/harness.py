@@ -1,10 +1,11 @@
 """Races of whole training steps: one live fresh process a variant, single steps in turn, the order rotating.
 
 A row is one workload, number of threads and allocator. In it each variant is set up in a process of its own, passes
-the gate (:mod:`gate`) or is not timed, and warms up; then all step in turn. Rounds during which other processes used
-more than a tenth of a core are repeated while patience lasts; the row says how much it was. A slow variant sits some
-rounds out, to keep within its budget of time. Peak memory is taken afterwards, in steps that are not timed. What
-refuses, fails the gate, dies or hangs is reported with one line.
+the gate (:mod:`gate`) or is not timed, and warms up; then all step in turn. A ratio is the median over rounds of a
+step's time to that of the first variant's step in the same round: a neighbour that slows the machine for a while
+slows both. Rounds during which other processes used more than a tenth of a core are repeated while patience lasts;
+the row says how much it was. A slow variant sits some rounds out, to keep within its budget of time. Peak memory is
+taken afterwards, in steps that are not timed. What refuses, fails the gate, dies or hangs is reported with one line.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class Process:
 
 
 def measure(workload: str, threads: int, malloc: str, names: list[str], settings: Settings) -> dict[str, Any]:
-    """One row: what every variant made of the workload; ``ratio`` is to the first one's median.
+    """One row: what every variant made of the workload; ``ratio`` is to the first one's step in the same round.
 
     Where their memory together is too much for the machine they race in heats, the first one in each.
     """
@@ -176,12 +177,9 @@ def measure(workload: str, threads: int, malloc: str, names: list[str], settings
 
 def heat(racers: dict[str, Process], results: dict[str, dict[str, Any]], base: str, settings: Settings) -> float:
     """A race of those that are set up, and their memory; returns the cores that others used meanwhile."""
-    busy = race(racers, results, settings)
+    busy = race(racers, results, base, settings)
     for name, process in racers.items():
-        result = results[name]
-        if result["status"] == "ok":
-            if results[base]["status"] == "ok":
-                result["ratio"] = result["p50_ms"] / results[base]["p50_ms"]
+        if results[name]["status"] == "ok":
             results[name] |= _answer(process, "measure_memory")
     return busy
 
@@ -225,20 +223,20 @@ def _answer(process: Process, do: str, **request: Any) -> dict[str, Any]:
     return {"status": "ok", **answer}
 
 
-def race(racers: dict[str, Process], results: dict[str, dict[str, Any]], settings: Settings) -> float:
-    """Time single steps in turn; adds quantiles to ``results``, returns the cores that others used meanwhile."""
+def race(racers: dict[str, Process], results: dict[str, dict[str, Any]], base: str, settings: Settings) -> float:
+    """Time single steps in turn; adds quantiles and ratios to ``results``, returns the cores others used meanwhile."""
     every = {name: _every(results[name]["seconds"], settings) for name in racers}
-    seconds: dict[str, list[float]] = {name: [] for name in racers}
+    seconds: dict[str, dict[int, float]] = {name: {} for name in racers}
     order, turn, give_up, used, lasted = list(racers), 0, time.monotonic() + settings.patience, 0.0, 0.0
     while turn < settings.rounds and order:
         start, before, first = time.monotonic(), _used_by_others(racers), turn
-        block: dict[str, list[float]] = {name: [] for name in racers}
+        block: dict[str, dict[int, float]] = {name: {} for name in racers}
         while turn < settings.rounds and (turn == first or time.monotonic() - start < BLOCK_S):
             order = order[1:] + order[:1]
             for name in [name for name in order if turn % every[name] == 0]:
                 answer = _answer(racers[name], "step", times=settings.in_a_row)
                 if answer["status"] == "ok":
-                    block[name].append(answer["seconds"])
+                    block[name][turn] = answer["seconds"]
                 else:
                     results[name] |= answer
                     order.remove(name)
@@ -250,10 +248,12 @@ def race(racers: dict[str, Process], results: dict[str, dict[str, Any]], setting
             continue
         used, lasted = used + others, lasted + length
         for name, times in block.items():
-            seconds[name] += times
+            seconds[name] |= times
     for name, times in seconds.items():
         if results[name]["status"] == "ok":
-            results[name] |= {"times": len(times), **quantiles(times)}
+            results[name] |= {"times": len(times), **quantiles(list(times.values()))}
+            if ratios := [time / seconds[base][turn] for turn, time in times.items() if turn in seconds[base]]:
+                results[name]["ratio"] = statistics.median(ratios)
     return round(used / lasted, 2) if lasted else 0.0
 
 

@@ -46,7 +46,7 @@ def against_rivals(row: Row, titles: dict[str, str], figure: str = "ratio") -> s
 
 
 def step_times(record: Row) -> str:
-    """For each number of threads and allocator: medians over the non-private step's, one column a workload."""
+    """For each number of threads and allocator: times over the non-private step's beside it, one column a workload."""
     return _by_setting(record, _times)
 
 
@@ -62,8 +62,8 @@ def step_small(record: Row) -> str:
 
 
 NOTE = (
-    "Medians over that of the non-private step, all with `Adam(fused=True)`; last line: the fastest other private step "
-    "over ours."
+    "A step's time over that of the non-private step beside it, medians, all with `Adam(fused=True)`; last line: the "
+    "fastest other private step over ours."
 )
 
 

@@ -143,6 +143,17 @@ def test_what_does_not_fit_together_races_in_heats(monkeypatch, free, heats):
     assert [result["ratio"] for result in row["variants"].values()] == pytest.approx(expected)
 
 
+def test_a_ratio_is_of_steps_beside_each_other(monkeypatch):
+    weather = [1.0, 1.0, 1.0, 5.0, 6.0, 7.0]  # a neighbour comes
+    racers, seconds = {"base": Actor(), "slow": Actor()}, {"base": iter(weather), "slow": iter(weather[::2])}
+    for (name, actor), speed in zip(racers.items(), (1.0, 1.5), strict=True):
+        monkeypatch.setattr(actor, "ask", lambda do, n=name, s=speed, **_: {"seconds": s * next(seconds[n])})
+    results = {"base": {"status": "ok", "seconds": 0.1}, "slow": {"status": "ok", "seconds": 2.0}}
+    harness.race(racers, results, "base", Settings(rounds=6, budget=6.0, fewest=3, patience=0.0))
+    assert (results["base"]["times"], results["slow"]["times"]) == (6, 3)
+    assert (results["base"]["ratio"], results["slow"]["ratio"]) == pytest.approx((1.0, 1.5))
+
+
 def test_a_variant_that_hangs_is_given_up_and_ended(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", planted.__file__.rpartition("/")[0])
     with Process(1, "default", QUICK) as process:
