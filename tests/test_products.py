@@ -46,6 +46,8 @@ def shapes() -> list[Shape]:
         Shape("one channel, far padding", conv(1, 6, 3, stride=2, padding=2, dilation=(2, 1)), (1, 6, 7)),
         Shape("decoder, one channel", transposed(20, 1, 4, stride=2, padding=1), (20, 5, 6)),
         Shape("decoder", transposed(40, 24, 4, stride=2, padding=1), (40, 4, 4)),
+        Shape("decoder, one number over", transposed(20, 6, 4, stride=2, padding=1), (20, 7, 7)),
+        Shape("four numbers over", conv(5, 4, 3, padding=1), (5, 4, 13)),
         Shape("decoder, last", transposed(31, 3, 4, stride=2, padding=1), (31, 8, 9)),
         Shape("transposed, all at once", transposed(12, 8, 3, 3, 2, 1, groups=4, dilation=2), (12, 5, 4)),
         Shape("lopsided", conv(6, 7, (1, 4), stride=(2, 1), padding=(0, 3)), (6, 5, 8)),
@@ -124,7 +126,9 @@ def test_bfloat16_operands_are_multiplied_as_they_are(isa, shape: Shape, memory:
     check(conv_product(shape, torch.bfloat16, memory))
 
 
-@pytest.mark.parametrize("t, d, p", [(2, 1, 1), (7, 33, 5), (16, 16, 16), (64, 3, 70), (65, 17, 14), (200, 9, 31)])
+@pytest.mark.parametrize(
+    "t, d, p", [(2, 1, 1), (7, 33, 5), (16, 16, 16), (50, 8, 8), (64, 3, 70), (65, 17, 14), (200, 9, 31)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_layers(isa, t: int, d: int, p: int, dtype: torch.dtype):
     check(linear_product(t, d, p, dtype))

@@ -6,7 +6,8 @@
 // Channel products are made once a pair of pixels and only added up over taps. With a stride s a tap reads
 // pixels of one phase, those congruent to (d tap - p) mod s, so that X is made phase by phase. Both matrices
 // are symmetric: a pair t < t' counts twice, and of either the part above the diagonal (and a little below
-// it) is all that is made.
+// it) is all that is made. A few numbers that would have a vector of their own are rows only, which is what
+// they cost least as; in their columns the matrices get what is in their rows.
 //
 // Positions and the pixels of a phase are numbered along rows of one common length, so that a tap is a
 // difference of numbers; where a number means no position, or the tap leaves the input, the tap's mask is
@@ -19,12 +20,9 @@
 
 namespace dp2vae {
 
-constexpr int64_t kHalf = 16;  // positions of a square on the diagonal, which is made and counted whole
-
 struct GramTap {
-  int64_t offset;      // from the number of a position to that of the pixel that it reads
-  int64_t first, end;  // of the numbers that are not masked
-  const float* mask;   // 1 or 0 for every number
+  int64_t offset;     // from the number of a position to that of the pixel that it reads
+  const float* mask;  // 1 or 0 for every number
 };
 
 struct GramPhase {
@@ -32,6 +30,8 @@ struct GramPhase {
   int64_t size[3];
   const GramTap* taps;
   int64_t tap_count;
+  const int32_t* active;        // the taps that read a pixel at a number, number by number
+  const int32_t* active_begin;  // of each number in `active`, and its end
   const int32_t* source;  // where the pixel of a number lies in a channel, for all of `size`; null where
                           // numbers have gaps
 };
@@ -53,7 +53,9 @@ struct GramPlan {
 
 struct GramScratch {
   float *plain, *spread, *b, *x;
-  double* diagonal;  // `numbers` of them
+  // Diagonals: of B; of X for the phase at hand; of X, added up over taps.
+  float *positions, *pixels;
+  double* windows;
 };
 
 // What of a record: |G|^2 and (sum over t of |plain_t| |window_t|)^2 of every group, added up, and the sums

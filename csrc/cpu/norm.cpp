@@ -35,6 +35,7 @@ struct Numbering {
   std::vector<int32_t> at;
   std::vector<std::vector<float>> masks;
   std::vector<std::vector<GramTap>> taps;
+  std::vector<std::vector<int32_t>> active, active_begin;
   std::vector<GramPhase> phases;
   std::vector<std::vector<int32_t>> sources;
 
@@ -43,6 +44,7 @@ struct Numbering {
 
  private:
   void add_phase(const Product& p, Triple phase, const std::vector<Triple>& shifts);
+  void add_active(GramPhase& phase, const std::vector<GramTap>& its);
   void add_source(const Product& p, GramPhase& phase);
 };
 
@@ -77,6 +79,7 @@ Numbering::Numbering(const Product& p, int64_t lanes) {
   for (size_t i = 0; i < phases.size(); ++i) {
     phases[i].taps = taps[i].data();
     phases[i].tap_count = static_cast<int64_t>(taps[i].size());
+    add_active(phases[i], taps[i]);
     add_source(p, phases[i]);
   }
   plan.phases = phases.data();
@@ -98,7 +101,8 @@ void Numbering::add_phase(const Product& p, Triple phase, const std::vector<Trip
   std::vector<GramTap> of_phase;
   for (const Triple& shift : shifts) {
     std::vector<float> mask(plan.step + plan.slack);
-    GramTap tap{shift[0] * plan.row[1] + shift[1] * plan.row[0] + shift[2], plan.numbers, 0, nullptr};
+    GramTap tap{shift[0] * plan.row[1] + shift[1] * plan.row[0] + shift[2], nullptr};
+    bool reads = false;
     for (int64_t z = 0; z < p.grid[0]; ++z)
       for (int64_t y = 0; y < p.grid[1]; ++y)
         for (int64_t x = 0; x < p.grid[2]; ++x) {
@@ -106,12 +110,10 @@ void Numbering::add_phase(const Product& p, Triple phase, const std::vector<Trip
           bool inside = true;
           for (int d = 0; d < 3; ++d) inside = inside && 0 <= pixel[d] && pixel[d] < made.size[d];
           if (!inside) continue;
-          const int64_t number = z * plan.row[1] + y * plan.row[0] + x;
-          mask[number] = 1;
-          tap.first = std::min(tap.first, number);
-          tap.end = std::max(tap.end, number + 1);
+          mask[z * plan.row[1] + y * plan.row[0] + x] = 1;
+          reads = true;
         }
-    if (tap.end == 0) continue;
+    if (!reads) continue;
     plan.slack = std::max(plan.slack, std::abs(tap.offset) + plan.slack);
     masks.push_back(std::move(mask));
     tap.mask = masks.back().data();  // a vector's memory stays where it is when the vector is moved
@@ -120,6 +122,19 @@ void Numbering::add_phase(const Product& p, Triple phase, const std::vector<Trip
   if (of_phase.empty()) return;
   taps.push_back(std::move(of_phase));
   phases.push_back(made);
+}
+
+void Numbering::add_active(GramPhase& phase, const std::vector<GramTap>& its) {
+  std::vector<int32_t> taps_at, begin{0};
+  for (int64_t t = 0; t < plan.numbers; ++t) {
+    for (size_t k = 0; k < its.size(); ++k)
+      if (its[k].mask[t] != 0) taps_at.push_back(static_cast<int32_t>(k));
+    begin.push_back(static_cast<int32_t>(taps_at.size()));
+  }
+  active.push_back(std::move(taps_at));
+  active_begin.push_back(std::move(begin));
+  phase.active = active.back().data();
+  phase.active_begin = active_begin.back().data();
 }
 
 void Numbering::add_source(const Product& p, GramPhase& phase) {
@@ -141,11 +156,12 @@ void Numbering::add_source(const Product& p, GramPhase& phase) {
 }
 
 // Float32 roundings that a term of the squared norm passes through, at most: in channel products, in their
-// sum, and, doubled by the square, in the product that is formed from the same operands afterwards.
-int64_t depth_of(const Product& p, const GramPlan& plan, int64_t lanes) {
-  int64_t taps = 1;
-  for (int64_t f = 0; f < plan.phase_count; ++f) taps = std::max(taps, plan.phases[f].tap_count);
-  return p.rows + p.channels + taps * (plan.numbers / (2 * lanes) + 1) +
+// sum over taps and along a row, and, doubled by the square, in the product that is formed from the same
+// operands afterwards.
+int64_t depth_of(const Product& p, const Numbering& numbering, int64_t lanes) {
+  size_t taps = 1;
+  for (const auto& of_phase : numbering.taps) taps = std::max(taps, of_phase.size());
+  return p.rows + p.channels + static_cast<int64_t>(taps) + numbering.plan.numbers / lanes + 1 +
          2 * (product_depth(p.positions()) + 1) + 8;
 }
 
@@ -158,15 +174,17 @@ std::tuple<Tensor, Tensor> gram_norms(const Product& p, const Tensor& like) {
   const GramKernels& kernels = gram_kernels_in_use();
   const Numbering numbering(p, kernels.lanes);
   const GramPlan& plan = numbering.plan;
-  const int64_t depth = depth_of(p, plan, kernels.lanes);
+  const int64_t depth = depth_of(p, numbering, kernels.lanes);
   const double lost = static_cast<double>(depth) * p.positions() * p.positions() * kTiny;
   torch::stable::parallel_for(0, p.records, 1, [&](int64_t first, int64_t end) {
     Buffer plain(plan.operand_floats(p.rows)), spread(plan.operand_floats(p.channels));
     Buffer b(plan.matrix_floats()), x(plan.matrix_floats());
     for (Buffer* scratch : {&plain, &spread, &b, &x}) scratch->zero();
-    std::vector<double> diagonal(plan.numbers);
-    const GramScratch scratch{plain.data(), spread.data(), b.data() + plan.slack, x.data() + plan.slack,
-                              diagonal.data()};
+    std::vector<float> positions(plan.numbers), pixels(plan.numbers + 2 * plan.slack);
+    std::vector<double> windows(plan.numbers);
+    const GramScratch scratch{plain.data(),          spread.data(),    b.data() + plan.slack,
+                              x.data() + plan.slack, positions.data(), pixels.data() + plan.slack,
+                              windows.data()};
     for (int64_t n = first; n < end; ++n) {
       const GramNorm norm = kernels.gram(p, plan, n, scratch);
       norms[n] = static_cast<float>(norm.norm_sq < 0 ? 0 : norm.norm_sq);  // NaN stays
