@@ -66,6 +66,14 @@ DP2VAE_INLINE void copy_block(const T* from, int64_t from_step, int64_t from_inn
   }
 }
 
+// `here` vectors that lie `step` apart, zeros behind them: in registers, which a loop of unknown length is
+// not.
+template <class T>
+DP2VAE_INLINE void load_block(const T* from, int64_t step, int64_t here, F* block) {
+#pragma GCC unroll 16
+  for (int j = 0; j < kWidth; ++j) block[j] = j < here ? load(from + j * step) : F{};
+}
+
 // The same where the `count` numbers may lie together: blocks of lanes by lanes are turned in registers. What
 // lies behind the `inner` numbers of a row is overwritten, by zeros up to `room` numbers from its start,
 // before the next rows are, and nothing from `limit` on.
@@ -80,10 +88,11 @@ DP2VAE_INLINE void turn_block(const T* from, int64_t from_step, int64_t from_inn
       for (; k < inner && k + kWidth <= room && rows + (kWidth - 1) * to_step + k + kWidth <= limit;
            k += kWidth) {
         const int64_t here = inner - k < kWidth ? inner - k : kWidth;
-        F block[kWidth] = {};
-        for (int64_t j = 0; j < here; ++j) block[j] = load(from + i + (k + j) * from_inner);
+        F block[kWidth];
+        load_block(from + i + k * from_inner, from_inner, here, block);
         transpose(block);
-        for (int64_t j = 0; j < kWidth; ++j) store(rows + j * to_step + k, block[j]);
+#pragma GCC unroll 16
+        for (int j = 0; j < kWidth; ++j) store(rows + j * to_step + k, block[j]);
       }
       if (k < inner)
         copy_block(from + i + k * from_inner, 1, from_inner, kWidth, inner - k, rows + k, to_step);
@@ -155,10 +164,11 @@ DP2VAE_INLINE void turn_pixels(const Product& p, const Layout& l, const T* from,
             to[slots[k] + c + i] = value(block, i * p.spread.channel + k);
         continue;
       }
-      F rows[kWidth] = {};
-      for (int64_t i = 0; i < channels; ++i) rows[i] = load(block + i * p.spread.channel);
+      F rows[kWidth];
+      load_block(block, p.spread.channel, channels, rows);
       transpose(rows);
-      for (int64_t k = 0; k < kWidth; ++k) store(to + slots[k] + c, rows[k]);
+#pragma GCC unroll 16
+      for (int k = 0; k < kWidth; ++k) store(to + slots[k] + c, rows[k]);
     }
   }
 }
