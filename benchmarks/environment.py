@@ -14,14 +14,14 @@ from dp2vae_fast.runs.environment import versions
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions and commit ("dirty" where files had changed)."""
+    """Machine, versions and commit."""
     return {
         "processor": processor(),
         **({"gpu": gpu()} if torch.cuda.is_available() else {}),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "commit": _commit(),
+        "commit": commit(Path(__file__).parent),
     }
 
 
@@ -46,11 +46,15 @@ def gpu() -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
+def commit(folder: Path) -> str:
+    """Of the checkout that ``folder`` is in; "dirty" where files had changed, records apart, which grow while made."""
+
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + (" dirty" if git("status", "--porcelain", "-uno") else "")
+        changed = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + (" dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

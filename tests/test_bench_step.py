@@ -1,8 +1,10 @@
 """The benchmark of whole steps: its gate finds planted faults, and its race survives variants that do not."""
 
 import json
+import subprocess
 from dataclasses import replace
 
+import environment
 import gate
 import harness
 import planted
@@ -173,6 +175,21 @@ def test_a_record_goes_on_where_it_was_stopped(tmp_path):
         Record(file, ("workload",), rounds=4)
     assert Record(file, ("workload",), rounds=4, again=True).content["rows"] == []
     assert json.loads(file.read_text())["rows"]  # until a new row is there
+
+
+def test_records_that_grow_are_of_the_same_commit(tmp_path):
+    record, code = tmp_path / "benchmarks" / "results" / "step.json", tmp_path / "code.py"
+    record.parent.mkdir(parents=True)
+    for file in (record, code):
+        file.write_text("before")
+    me = ["-c", "user.name=me", "-c", "user.email=me@here"]
+    for arguments in (["init", "-q"], ["add", "."], [*me, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True)
+    clean = environment.commit(tmp_path / "benchmarks")
+    record.write_text("after")
+    assert environment.commit(tmp_path / "benchmarks") == clean
+    code.write_text("after")
+    assert environment.commit(tmp_path / "benchmarks") == f"{clean} dirty"
 
 
 def test_a_variant_that_is_too_slow_is_left_out_of_larger_points():

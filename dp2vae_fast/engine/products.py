@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # where a matrix product does arithmetic.
 _COMBINE = 9
 _ROWS = RECORDS_PER_PART * PARTS_PER_BLOCK
+_CACHED = 2**18  # float32 numbers of a part of a sum
 
 
 def _bytes(x: Tensor) -> int:
@@ -49,24 +51,30 @@ def _scaled(x: Tensor, factors: Tensor) -> Tensor:
 
 def _in_parts(backprops: Tensor, activations: Tensor, factors: Tensor) -> Tensor:
     """``backprops^T diag(factors) activations`` for ``[N, P]`` and ``[N, D]``, in parts of few records; many parts are
-    added in float64."""
+    added in float64. On a CPU, so few rows at a time that a part is still in its cache when it is added."""
+    records, p, d = len(factors), backprops.shape[1], activations.shape[1]
+    dtype = functools.reduce(torch.promote_types, (backprops.dtype, activations.dtype, factors.dtype))
+    many = records > _ROWS
+    total = factors.new_empty(p, d, dtype=torch.float64 if many else dtype)
+    height = max(1, p if total.is_cuda else min(p, _CACHED // max(1, d)))
+    one, another = (factors.new_empty(height if wanted else 0, d, dtype=dtype) for wanted in (True, many))
 
-    def part(i: int, out: Tensor | None = None) -> Tensor:
+    def part(i: int, columns: Tensor, out: Tensor) -> None:
         here = slice(i, i + RECORDS_PER_PART)
-        left, right, weights = ops.widen(backprops[here]), ops.widen(activations[here]), factors[here, None]
-        left, right = (left * weights, right) if left.shape[1] < right.shape[1] else (left, right * weights)
-        dtype = torch.promote_types(left.dtype, right.dtype)
-        return torch.mm(left.T.to(dtype), right.to(dtype), out=out)
+        left, right, weights = ops.widen(columns[here]), ops.widen(activations[here]), factors[here, None]
+        left, right = (left * weights, right) if left.shape[1] < d else (left, right * weights)
+        torch.mm(left.T.to(dtype), right.to(dtype), out=out)
 
-    total: Tensor | None = None
-    for first in range(0, max(1, len(factors)), _ROWS):
-        block = part(first)
-        others = range(first + RECORDS_PER_PART, min(first + _ROWS, len(factors)), RECORDS_PER_PART)
-        room = torch.empty_like(block) if others else None
-        for i in others:  # apart: a product of one row or column would add every term to `block`
-            block.add_(part(i, room))
-        total = block if total is None else total.double().add_(block)
-    assert total is not None
+    for rows, columns in zip(total.split(height), backprops.split(height, 1), strict=True):
+        room = one[: len(rows)]
+        for first in range(0, max(1, records), _ROWS):
+            block = another[: len(rows)] if many else rows
+            part(first, columns, block)
+            for i in range(first + RECORDS_PER_PART, min(first + _ROWS, records), RECORDS_PER_PART):
+                part(i, columns, room)  # apart: a product of one row or column would add every term to `block`
+                block.add_(room)
+            if many:
+                rows.add_(block) if first else rows.copy_(block)
     return total
 
 
