@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from report_step import OURS, against_rivals, busy, ok, part_of
+from report_step import NOT_MEASURED, OURS, against_rivals, busy, ok, part_of
 
 FOLDER = Path(__file__).parent / "results" / "plots"
 AXES = {
@@ -24,7 +24,7 @@ def file_of(part: str) -> Path:
 
 def captions(record: dict[str, Any]) -> str:
     """Every plot that there is, with its caption."""
-    return "\n\n".join(caption(record, part) for part in measured(record))
+    return "\n\n".join(caption(record, part) for part in measured(record)) or NOT_MEASURED
 
 
 def caption(record: dict[str, Any], part: str) -> str:

@@ -217,7 +217,7 @@ def rendered(page: str, text: str) -> str:
     """The text of a page with every marked table made anew from its record."""
     for name, (record, render) in PAGES[page].items():
         content = read(record)
-        table = "Not measured yet." if content is None else render(content)
+        table = report_step.NOT_MEASURED if content is None else render(content)
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not marked.search(text):
             raise SystemExit(f"{page} has no place for {name}: add <!-- {name} --> and <!-- end -->")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 Row = dict[str, Any]
+NOT_MEASURED = "Not measured yet."
 BASE, OURS = "non-private", "ours"
 BUSY = 0.1
 SMALL = ("ours", "opacus-hooks", "opacus-functorch", "opacus-ghost", "fastdp-mixopt", "vmap")
@@ -139,6 +140,8 @@ def part_of(record: Row, part: str) -> Row:
 def capacity(record: Row) -> str:
     """The largest batch that fits in memory."""
     part = part_of(record, "capacity").get("workloads", {})
+    if not part:
+        return NOT_MEASURED
     titles = record["titles"]
     names = [name for name in titles if any(name in results for results in part.values())]
     lines = [f"| | {' | '.join(part)} |", "|---" * (1 + len(part)) + "|"]
@@ -156,6 +159,8 @@ def _batch(result: Row) -> str:
 def fixed_cost(record: Row) -> str:
     """What a step costs beside its records: the straight line through small batches, by least squares."""
     points = part_of(record, "fixed").get("points", [])
+    if not points:
+        return NOT_MEASURED
     lines = ["| | fixed, ms a step | ms a record |", "|---|---|---|"]
     for name, title in record["titles"].items():
         found = [(point["value"], r["p50_ms"]) for point in points if (r := ok(point, name))]

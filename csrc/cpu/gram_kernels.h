@@ -140,13 +140,13 @@ void strips(const Product& p, const GramPlan& plan, const GramScratch& s, GramNo
   for (int64_t i = 0; i < tiles + (body < plan.numbers); ++i) {
     const bool last = i == tiles;  // the numbers that are rows only
     const Span row = last ? Span{body, plan.numbers - body} : span(body, tiles, i);
-    const int64_t square = row.begin + row.count, from = last ? 0 : row.begin;
-    gram_rows(plan, s.plain, p.rows, row, from, last ? square : body, s.b);
-    gram_rows(plan, s.spread, p.channels, row, from, last ? square : body, s.x);
+    const int64_t square = row.begin + row.count, end = last ? square : body;
+    gram_rows(plan, s.plain, p.rows, row, last ? 0 : row.begin, end, s.b);
+    gram_rows(plan, s.spread, p.channels, row, last ? 0 : row.begin, end, s.x);
     for (int64_t r = 0; r < row.count; ++r) {
       const float *b = s.b + r * plan.step, *x = s.x + r * plan.step;
       for (int64_t j = row.begin; j < square; ++j) norm.norm_sq += static_cast<double>(b[j]) * x[j];
-      norm.norm_sq += 2 * (last ? dot(b, x, 0, body, twice) : dot(b, x, square, body, twice));
+      norm.norm_sq += 2 * dot(b, x, last ? 0 : square, body, twice);
       const double bt = b[row.begin + r], xt = x[row.begin + r];
       norm.plain_sq += bt;
       norm.spread_sq += xt;
