@@ -28,7 +28,7 @@ def captions(record: dict[str, Any]) -> str:
 
 
 def caption(record: dict[str, Any], part: str) -> str:
-    """The plot as Markdown, and under it where ours loses."""
+    """The plot as Markdown, and under it where ours loses, and what it costs over the non-private step."""
     points = part_of(record, part)["points"]
     file = file_of(part)
     lines = [f"![Step time and peak memory against {AXES[part]}](../benchmarks/results/plots/{file.name})", ""]
@@ -36,6 +36,8 @@ def caption(record: dict[str, Any], part: str) -> str:
         said = [(point["value"], against_rivals(point, record["titles"], figure)) for point in points]
         lost = [f"at {value}: {text}" for value, text in said if text.startswith("**")]
         lines.append(f"{what}: {'; '.join(lost) if lost else 'no other private step was better at any point'}.")
+    over = [f"{r['ratio']:.2f} at {point['value']}" for point in points if (r := ok(point, OURS)) and "ratio" in r]
+    lines.append(f"Ours over the non-private step: {', '.join(over)}.")
     skipped = {
         f"{record['titles'][name]} {result['status']} ({result['why']})"
         for point in points

@@ -57,7 +57,8 @@ def _in_parts(backprops: Tensor, activations: Tensor, factors: Tensor) -> Tensor
     many = records > _ROWS
     total = factors.new_empty(p, d, dtype=torch.float64 if many else dtype)
     height = max(1, p if total.is_cuda else min(p, _CACHED // max(1, d)))
-    one, another = (factors.new_empty(height if wanted else 0, d, dtype=dtype) for wanted in (True, many))
+    room = factors.new_empty(height, d, dtype=dtype)  # of a part
+    block_room = torch.empty_like(room) if many else None
 
     def part(i: int, columns: Tensor, out: Tensor) -> None:
         here = slice(i, i + RECORDS_PER_PART)
@@ -66,14 +67,14 @@ def _in_parts(backprops: Tensor, activations: Tensor, factors: Tensor) -> Tensor
         torch.mm(left.T.to(dtype), right.to(dtype), out=out)
 
     for rows, columns in zip(total.split(height), backprops.split(height, 1), strict=True):
-        room = one[: len(rows)]
+        apart = room[: len(rows)]  # a product of one row or column would add every term to `block`
         for first in range(0, max(1, records), _ROWS):
-            block = another[: len(rows)] if many else rows
+            block = rows if block_room is None else block_room[: len(rows)]
             part(first, columns, block)
             for i in range(first + RECORDS_PER_PART, min(first + _ROWS, records), RECORDS_PER_PART):
-                part(i, columns, room)  # apart: a product of one row or column would add every term to `block`
-                block.add_(room)
-            if many:
+                part(i, columns, apart)
+                block.add_(apart)
+            if block_room is not None:
                 rows.add_(block) if first else rows.copy_(block)
     return total
 
