@@ -127,7 +127,19 @@ def test_bfloat16_operands_are_multiplied_as_they_are(isa, shape: Shape, memory:
 
 
 @pytest.mark.parametrize(
-    "t, d, p", [(2, 1, 1), (7, 33, 5), (16, 16, 16), (50, 8, 8), (64, 3, 70), (65, 17, 14), (200, 9, 31)]
+    "t, d, p",
+    [
+        (1, 1, 1),
+        (1, 33, 5),
+        (1, 300, 1100),
+        (2, 1, 1),
+        (7, 33, 5),
+        (16, 16, 16),
+        (50, 8, 8),
+        (64, 3, 70),
+        (65, 17, 14),
+        (200, 9, 31),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_layers(isa, t: int, d: int, p: int, dtype: torch.dtype):
@@ -159,6 +171,34 @@ def test_a_records_part_is_its_own(product):
         factors = torch.tensor([0.5, 1.0, 0.0, 2.0, 0.25])
         assert torch.equal(broken.weighted_sum(factors), product.weighted_sum(factors))
         assert torch.equal(broken.kept().weighted_sum(factors), product.kept().weighted_sum(factors))
+
+
+def test_norms_of_one_position(isa):
+    """Each record's is its own, whatever the others are; and bounded where squares are out of range."""
+    product = linear_product(1, 300, 70)
+    a, b = product.activations, product.backprops
+    whole = ops.linear_norm_sq(a, b, backend="cpp")
+    a[2], b[2] = float("nan"), 1e30
+    a[3, 0, :2], b[3] = 1e18, 1e-25  # the squares of these are below float32's range, and their product is not
+    norm_sq, error = ops.linear_norm_sq(a, b, backend="cpp")
+    others = torch.tensor([0, 1, 4])
+    assert torch.equal(norm_sq[others], whole[0][others]) and torch.equal(error[others], whole[1][others])
+    assert not bool(norm_sq[2].isfinite())
+    exact = float(a[3].double().square().sum() * b[3].double().square().sum())
+    assert 0 < exact <= float(norm_sq[3] + error[3])
+
+
+def test_one_position_counts_the_vendors_rounding():
+    """Sums of such layers are the vendor's, so its rounding of operands is in the bound, which kernels do not state."""
+    product = linear_product(1, 300, 70)
+    tight = product.norm_sq()[1]
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        with pytest.raises(NotImplementedError, match="which products do not round"):
+            ops.linear_norm_sq(product.activations, product.backprops, backend="cpp")
+        assert bool((product.norm_sq()[1] > 100 * tight).all())
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
 def test_threads_do_not_change_a_bit():

@@ -195,10 +195,36 @@ std::tuple<Tensor, Tensor> gram_norms(const Product& p, const Tensor& like) {
   return {norm_sq, error};
 }
 
+// Of one position: the gradient is an outer product, and the squares of its factors are sums without signs.
+std::tuple<Tensor, Tensor> outer_norms(const Product& p, const Tensor& like) {
+  STD_TORCH_CHECK(!p.plain.bf16 && !p.spread.bf16 && p.plain.channel == 1 && p.spread.channel == 1,
+                  "one position: expected float32 with features side by side");
+  Tensor norm_sq = torch::stable::new_empty(like, {p.records}, ScalarType::Float);
+  Tensor error = torch::stable::new_empty(like, {p.records}, ScalarType::Float);
+  auto* norms = static_cast<float*>(norm_sq.mutable_data_ptr());
+  auto* errors = static_cast<float*>(error.mutable_data_ptr());
+  const auto squares = product_kernels_in_use().squares;
+  const auto row = [](const Operand& o, int64_t n) {
+    return static_cast<const float*>(o.data) + n * o.record;
+  };
+  const int64_t numbers = p.rows + p.channels;
+  const double off = roundoff(2 * kSquaresDepth + 2), lost = static_cast<double>(numbers) * kTiny;
+  torch::stable::parallel_for(0, p.records, 1 + 16384 / numbers, [&](int64_t first, int64_t end) {
+    for (int64_t n = first; n < end; ++n) {
+      const double plain_sq = squares(row(p.plain, n), p.rows);
+      const double spread_sq = squares(row(p.spread, n), p.channels);
+      norms[n] = static_cast<float>(plain_sq * spread_sq);
+      errors[n] = static_cast<float>(off * plain_sq * spread_sq + lost * (plain_sq + spread_sq + 1));
+    }
+  });
+  return {norm_sq, error};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> linear_norm_sq(const Tensor& activations, const Tensor& backprops) {
-  return gram_norms(linear_product(activations, backprops), activations);
+  const Product p = linear_product(activations, backprops);
+  return p.positions() == 1 ? outer_norms(p, activations) : gram_norms(p, activations);
 }
 
 std::tuple<Tensor, Tensor> conv_norm_sq(const Tensor& activations, const Tensor& backprops, Ints weight_shape,

@@ -38,7 +38,8 @@ double cycles(const Product& p, const ProductKernels& k, int64_t columns, int64_
   const double rows = p.rows / row_tiles, of_a_row = vectors / column_tiles;
   const double tile =
       std::max({rows * of_a_row / 2, (rows + of_a_row) / 2, 4.0}) + rows / 16 + 3 * of_a_row / 16;
-  return tile * row_tiles * column_tiles * (unfolded ? 1 : p.taps()) + (unfolded ? 2.0 * columns : 0.0);
+  const double unfold = !unfolded ? 0.0 : column_tiles == 1 && p.dilation[2] == 1 ? 0.75 : 2.0;
+  return tile * row_tiles * column_tiles * (unfolded ? 1 : p.taps()) + unfold * columns;
 }
 
 Packing::Packing(const Product& p, const ProductKernels& k) {

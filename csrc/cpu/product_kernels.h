@@ -5,6 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "buffers.h"
 #include "product.h"
 #include "tile.h"
 
@@ -201,11 +202,20 @@ DP2VAE_INLINE bool taps_lie_together(const Product& p) {
   return (p.channels == 1 || p.spread.channel == 1) && p.dilation[2] * p.spread.axis[2] == p.channels;
 }
 
-// All columns of a group, taps times channels, in runs of one row of taps: whole ones for positions in
-// [begin, end).
+// A group's pixels with their channels side by side.
 template <class T>
-void pack_runs(const Product& p, const T* from, float* to, int64_t width) {
+DP2VAE_INLINE void interleave(const Product& p, const T* from, float* to) {
   const Operand& o = p.spread;
+  for (int64_t z = 0; z < p.size[0]; ++z)
+    for (int64_t y = 0; y < p.size[1]; ++y, to += p.size[2] * p.channels)
+      copy_block(from + z * o.axis[0] + y * o.axis[1], o.axis[2], o.channel, p.size[2], p.channels, to,
+                 p.channels);
+}
+
+// All columns of a group, taps times channels, in runs of one row of taps that lie together in `o`: whole
+// ones for positions in [begin, end).
+template <class T>
+void pack_runs(const Product& p, const Operand& o, const T* from, float* to, int64_t width) {
   const int64_t run = p.kernel[2] * p.channels, hop = p.stride[2] * o.axis[2];
   const Span whole =
       inside(p.grid[2], p.stride[2], -p.padding[2], p.size[2] - (p.kernel[2] - 1) * p.dilation[2]);
@@ -262,12 +272,19 @@ void pack_spread(const Product& p, const Layout& l, int64_t n, int64_t place, in
       const int64_t count = l.columns - first < width ? l.columns - first : width;
       float* to = packed + ((g * l.vectors + v.begin) * block + place * v.count) * kWidth * l.slots;
       const T* from = data + g * p.channels * p.spread.channel;
-      if (l.unfolded && count == l.columns && taps_lie_together(p))
-        pack_runs(p, from, to, width);
-      else if (l.unfolded)
+      if (l.unfolded && count == l.columns && taps_lie_together(p)) {
+        pack_runs(p, p.spread, from, to, width);
+      } else if (l.unfolded && count == l.columns && p.dilation[2] == 1) {
+        const int64_t row = p.size[2] * p.channels;
+        const Buffer pixels(p.size[0] * p.size[1] * row);
+        interleave(p, from, pixels.data());
+        pack_runs(p, {pixels.data(), false, 0, 1, {p.size[1] * row, row, p.channels}}, pixels.data(), to,
+                  width);
+      } else if (l.unfolded) {
         pack_unfolded(p, from, first, count, to, width);
-      else
+      } else {
         pack_pixels(p, l, from + first * p.spread.channel, count, to, width);
+      }
     }
 }
 
@@ -320,25 +337,29 @@ void weigh(const Product& p, const Layout& l, int64_t block, int64_t count, cons
   }
 }
 
+// In the order in which `out` lies: a block that is turned may write over what comes after it.
 void unpack(const Product& p, const Layout& l, const float* total, float* out) {
+  const int64_t taps = p.taps(), room = taps <= kWidth ? kWidth : taps;
+  const float* const limit = out + p.numbers();
   for (int64_t g = 0; g < p.groups; ++g)
-    for (int64_t i = 0; i < l.row_tiles; ++i)
-      for (int64_t j = 0; j < l.column_tiles; ++j) {
-        const Span row = span(p.rows, l.row_tiles, i), v = span(l.vectors, l.column_tiles, j);
-        const int64_t first = v.begin * kWidth, width = v.count * kWidth;
-        const int64_t count = l.columns - first < width ? l.columns - first : width;
-        const float* from = total + ((g * p.rows + row.begin) * l.width() + row.count * first) * l.taps;
-        const int64_t taps = p.taps();
-        for (int64_t tap = 0; tap < l.taps; ++tap)
-          for (int64_t r = 0; r < row.count; ++r, from += width) {
-            float* to = out + (g * p.rows + row.begin + r) * p.channels * taps;
-            if (l.unfolded)
-              for (int64_t c = 0; c < count; ++c)
-                to[(first + c) % p.channels * taps + (first + c) / p.channels] = from[c];
-            else
-              for (int64_t c = 0; c < count; ++c) to[(first + c) * taps + tap] = from[c];
-          }
-      }
+    for (int64_t i = 0; i < l.row_tiles; ++i) {
+      const Span row = span(p.rows, l.row_tiles, i);
+      const float* const tiles = total + (g * p.rows + row.begin) * l.width() * l.taps;
+      for (int64_t r = 0; r < row.count; ++r, out += p.channels * taps)
+        for (int64_t j = 0; j < l.column_tiles; ++j) {
+          const Span v = span(l.vectors, l.column_tiles, j);
+          const int64_t first = v.begin * kWidth, width = v.count * kWidth;
+          const int64_t count = l.columns - first < width ? l.columns - first : width;
+          const float* from = tiles + row.count * first * l.taps + r * width;
+          if (l.unfolded)
+            for (int64_t c = first; c < first + count; ++c)
+              out[c % p.channels * taps + c / p.channels] = from[c - first];
+          else if (taps == 1)
+            copy_run(from, count, out + first);
+          else
+            turn_block(from, 1, row.count * width, count, taps, out + first * taps, taps, room, limit);
+        }
+    }
 }
 
 void form(const Product& p, const Layout& l, const float* plain, const float* spread, float* out) {

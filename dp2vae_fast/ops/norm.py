@@ -78,8 +78,19 @@ def native_convolution(activations: Tensor, backprops: Tensor, *_: object) -> bo
 def native_product(activations: Tensor, backprops: Tensor, *_: object) -> bool | str:
     """The same for linear layers ``[N, T, D]``."""
     if activations.shape[1] == 1:
-        return "one position needs no kernel"
+        return "one position is the vendor library's"
     return native_convolution(activations, backprops)
+
+
+def _native_norms(activations: Tensor, backprops: Tensor) -> bool | str:
+    """The same for norms. Sums over records of one position are the vendor library's, whose rounding of operands the
+    reference counts."""
+    if activations.shape[1] > 1 or 0 in (activations.shape[2], backprops.shape[2]):
+        return native_product(activations, backprops)
+    plain = all(x.dtype == torch.float32 and x.stride(2) == 1 for x in (activations, backprops))
+    return (
+        plain and operand_roundoff(activations) == 0.0
+    ) or "of one position it takes float32 rows, which products do not round"
 
 
 def operand_roundoff(like: Tensor) -> float:
@@ -144,7 +155,7 @@ def _gram_norm(gram_a: Tensor, gram_b: Tensor, length: int) -> tuple[Tensor, Ten
     return norm_sq.clamp(min=0), _gamma(length, norm_sq) * reach + lost
 
 
-@op(native=native_product)
+@op(native=_native_norms)
 def linear_norm_sq(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]:
     """Squared norm of the per-sample weight gradient of a linear layer, by the Gram road.
 
