@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timing import copying, product_rate
 from torch import Tensor
 
 from dp2vae_fast.ops import noise
@@ -48,29 +48,6 @@ class Case:
     def floor(self) -> float:
         """Seconds."""
         return max(copying(int(self.bytes)), self.macs / product_rate())
-
-
-@functools.cache
-def copying(count: int) -> float:
-    """Seconds in which half of so many bytes are read and the other half written."""
-    source, target = torch.ones(count // 2, dtype=torch.uint8), torch.empty(count // 2, dtype=torch.uint8)
-    return _best(lambda: target.copy_(source))
-
-
-@functools.cache
-def product_rate() -> float:
-    """Multiply-adds a second of a 1024³ product in float32."""
-    a, b = torch.randn(2, 1024, 1024)
-    return 1024**3 / _best(lambda: a @ b)
-
-
-def _best(call: Callable[[], object], times: int = 9) -> float:
-    found = []
-    for _ in range(times):
-        start = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - start)
-    return min(found)
 
 
 def _normal(*shape: int) -> Tensor:

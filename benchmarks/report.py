@@ -192,6 +192,7 @@ PAGES: dict[str, dict[str, tuple[str, Table]]] = {
     "docs/privacy.md": {"bound": ("bound", bound)},
     "docs/benchmarks.md": {
         "step_times": (STEP, report_step.step_times),
+        "floor": ("floor_cpu", report_step.floors),
         "step_memory": (STEP, report_step.step_memory),
         "why_not": (STEP, report_step.why_not),
         "capacity": (SCALING, report_step.capacity),

@@ -1,7 +1,9 @@
-"""How long a call takes: on a GPU by its own clock, between calls that empty its cache."""
+"""How long a call takes, on a GPU by its own clock and between calls that empty its cache; and the rates of a CPU that
+floors are made of."""
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -56,3 +58,17 @@ def _by_events(call: Callable[[], object], times: int) -> list[float]:
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+@functools.cache
+def copying(count: int) -> float:
+    """Seconds in which half of so many bytes are read and the other half written."""
+    source, target = torch.ones(count // 2, dtype=torch.uint8), torch.empty(count // 2, dtype=torch.uint8)
+    return min(_by_the_clock(lambda: target.copy_(source), 9))
+
+
+@functools.cache
+def product_rate() -> float:
+    """Multiply-adds a second of a 1024³ product in float32."""
+    a, b = torch.randn(2, 1024, 1024)
+    return 1024**3 / min(_by_the_clock(lambda: a @ b, 9))

@@ -4,12 +4,14 @@ import json
 import subprocess
 from dataclasses import replace
 
+import bench_floor
 import environment
 import gate
 import harness
 import planted
 import pytest
 import report_step
+import torch
 import variants
 import workloads
 from bench_scaling import largest, points
@@ -19,6 +21,8 @@ from record import Record
 from test_captured import Again
 
 from dp2vae_fast.engine import captured
+from dp2vae_fast.engine.gradients import Kept
+from dp2vae_fast.engine.products import LinearProduct
 from dp2vae_fast.ops import _op
 
 TINY = "W1-decoder@6"
@@ -220,6 +224,27 @@ def test_the_largest_batch_is_found_within_five_percent(most):
 
     found = largest(peak, 300.0 + 2.0 * most)
     assert found <= most <= max(found + 1, 1.05 * found + 1) and len(asked) < 12
+
+
+def test_the_floor_of_norms_is_the_cheapest_way(monkeypatch):
+    """At a rate of one multiply-add and of one byte a second."""
+    monkeypatch.setattr(bench_floor, "product_rate", lambda: 1.0)
+    monkeypatch.setattr(bench_floor, "copying", lambda count: count)
+    one, few, more, many = (LinearProduct(torch.zeros(2, t, 3), torch.zeros(2, t, 5)) for t in (1, 2, 4, 500))
+    assert bench_floor.least(one) == 2 * 4 * (3 + 5)  # its operands are read
+    assert bench_floor.least(few) == 2 * 2**2 * (3 + 5) / 2  # half of both Gram matrices
+    assert bench_floor.least(more) == 2 * 4 * 15  # formed
+    assert bench_floor.least(many) == 2 * 2 * 4 * 15  # kept
+    assert bench_floor.least(Kept(torch.zeros(2, 3))) == 0
+
+
+def test_a_floor_is_above_the_plain_step():
+    row = bench_floor.floor("W3-decoder@4", rounds=3)
+    assert row["parameters"] == sum(p.numel() for p in workloads.make("W3-decoder@4").model.parameters())
+    assert row["norms_ms"] > 0 and row["noise_ms"] > 0 and row["ratio"] > 1
+    assert "| W3-decoder@4 | " in report_step.floors(
+        {"rows": [row], "rounds": 3, "environment": environment.environment()}
+    )
 
 
 def test_tables_say_where_ours_loses():

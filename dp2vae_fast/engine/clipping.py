@@ -37,7 +37,9 @@ def bounded_norms(
     """
     terms = [g.norm_sq() for g in gradients]
     dtype = torch.float64 if any(n.dtype == torch.float64 for n, _ in terms) else torch.float32
-    norm_sq, error = torch.stack([n.to(dtype) for n, _ in terms]), torch.stack([e.to(dtype) for _, e in terms])
+    if dtype == torch.float64:
+        terms = [(n.to(dtype), e.to(dtype)) for n, e in terms]
+    norm_sq, error = (torch.stack(rows) for rows in zip(*terms, strict=True))
     total, uncertain = norm_sq.sum(0), error.sum(0)
     loose = (uncertain > _LOOSE * total) & (total + uncertain > harmless**2) & uncertain.isfinite()
     if dtype == torch.float64 or not second_look or not bool(loose.any()):

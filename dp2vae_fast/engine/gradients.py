@@ -121,8 +121,8 @@ class Kept:
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         values, factors = self.grad_sample(), rounded_down(factors, self.values)
         if values.is_contiguous():
-            shape = values.shape[1:]
-            return ops.kept_weighted_sum(values.reshape(self.records, shape.numel()), factors).reshape(shape)
+            flat = values if values.dim() == 2 else values.reshape(self.records, values.shape[1:].numel())
+            return ops.kept_weighted_sum(flat, factors).view(values.shape[1:])
         like = values[0]
         order = ops.memory_order(like)  # convolutions keep channels last
         flat = values.permute(0, *(1 + d for d in order)).reshape(self.records, like.numel())

@@ -205,7 +205,6 @@ class Hooks:
         trainable: Any = {key: self.module._parameters[key] for key in keys}
         self._record(self.module, self.rule, trainable, activations, backprops, draws)
 
-    @torch.no_grad()
     def _record(
         self,
         layer: nn.Module,
@@ -215,7 +214,7 @@ class Hooks:
         backprops: list[Tensor],
         draws: set[Origin],
     ) -> None:
-        """One use of the layer: enter its gradients in the book."""
+        """One use of the layer, where autograd is off: enter its gradients in the book."""
         name, capture, book = self.name, self._capture, self._book
         rows_per_record = capture.rows_per_record
         book.on(draws)

@@ -123,10 +123,11 @@ class DPOptimizer(OpacusDPOptimizer):
         ``max_grad_norm`` between physical batches.
         """
         bound = max(self._bound, self.clipping.sensitivity(self.max_grad_norm))
-        exact = all(p.dtype == torch.float64 for p in self.params)
+        params = self.params
+        exact = all(p.dtype == torch.float64 for p in params)
         dtype = torch.float64 if exact else torch.float32
         largest = self.largest_batch * self.accumulated_iterations
-        roundings = max((roundings_on(p.device) for p in self.params), default=1)
+        roundings = max((roundings_on(device) for device in {p.device for p in params}), default=1)
         return bound * (1.0 + sum_rounding(self._expected_records, dtype, largest, roundings))
 
     @property
@@ -420,5 +421,5 @@ def _laid_out(total: Tensor | None, parameter: Tensor) -> Tensor:
     if total is None:
         return torch.zeros_like(parameter, dtype=dtype)
     if total.stride() == parameter.stride():
-        return total.to(dtype)
+        return total if total.dtype == dtype else total.to(dtype)
     return torch.empty_like(parameter, dtype=dtype).copy_(total)

@@ -93,8 +93,10 @@ class Plan:
         """``gradient`` in the form chosen for it."""
         if isinstance(gradient, Kept):
             return gradient
-        self.prepare([(parameter, gradient)])
-        method = self._settled[parameter, gradient.cost()].method
+        key = parameter, gradient.cost()
+        if key not in self._settled:
+            self.prepare([(parameter, gradient)])
+        method = self._settled[key].method
         return gradient.kept() if method == "kept" else gradient.directly() if method == "direct" else gradient
 
     def kept_at_once(self, parameter: str, gradient: Gradient) -> Gradient:

@@ -39,14 +39,23 @@ def _joined(x: Tensor, rows_per_record: int) -> Tensor:
     return x.unflatten(0, (-1, rows_per_record)).flatten(1, 2)
 
 
-def _zeroed(x: Tensor, factors: Tensor) -> Tensor:
-    """``x`` with records of factor zero set to zero; on a CPU without a copy where there are none (a GPU would have to
-    be waited for)."""
-    return ops.masked(x, factors) if x.is_cuda or bool((factors == 0).any()) else x
+def _zeroed(factors: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
+    """``operands`` with records of factor zero set to zero; on a CPU without a copy where there are none (a GPU would
+    have to be waited for)."""
+    if not factors.is_cuda and bool(factors.all()):
+        return operands
+    return tuple(ops.masked(x, factors) for x in operands)
 
 
 def _scaled(x: Tensor, factors: Tensor) -> Tensor:
-    return ops.widen(_zeroed(x, factors)) * factors.reshape(-1, *[1] * (x.dim() - 1))
+    return ops.widen(x) * factors.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def _part(backprops: Tensor, activations: Tensor, factors: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """``backprops^T diag(factors) activations`` at once."""
+    left, right, weights = ops.widen(backprops), ops.widen(activations), factors[:, None]
+    left, right = (left * weights, right) if left.shape[1] < right.shape[1] else (left, right * weights)
+    return torch.mm(left.T.to(dtype), right.to(dtype), out=out)
 
 
 def _in_parts(backprops: Tensor, activations: Tensor, factors: Tensor) -> Tensor:
@@ -54,6 +63,8 @@ def _in_parts(backprops: Tensor, activations: Tensor, factors: Tensor) -> Tensor
     added in float64. On a CPU, so few rows at a time that a part is still in its cache when it is added."""
     records, p, d = len(factors), backprops.shape[1], activations.shape[1]
     dtype = functools.reduce(torch.promote_types, (backprops.dtype, activations.dtype, factors.dtype))
+    if records <= RECORDS_PER_PART:
+        return _part(backprops, activations, factors, dtype, None)
     many = records > _ROWS
     total = factors.new_empty(p, d, dtype=torch.float64 if many else dtype)
     height = max(1, p if total.is_cuda else min(p, _CACHED // max(1, d)))
@@ -62,13 +73,11 @@ def _in_parts(backprops: Tensor, activations: Tensor, factors: Tensor) -> Tensor
 
     def part(i: int, columns: Tensor, out: Tensor) -> None:
         here = slice(i, i + RECORDS_PER_PART)
-        left, right, weights = ops.widen(columns[here]), ops.widen(activations[here]), factors[here, None]
-        left, right = (left * weights, right) if left.shape[1] < d else (left, right * weights)
-        torch.mm(left.T.to(dtype), right.to(dtype), out=out)
+        _part(columns[here], activations[here], factors[here], dtype, out)
 
     for rows, columns in zip(total.split(height), backprops.split(height, 1), strict=True):
         apart = room[: len(rows)]  # a product of one row or column would add every term to `block`
-        for first in range(0, max(1, records), _ROWS):
+        for first in range(0, records, _ROWS):
             block = rows if block_room is None else block_room[: len(rows)]
             part(first, columns, block)
             for i in range(first + RECORDS_PER_PART, min(first + _ROWS, records), RECORDS_PER_PART):
@@ -124,14 +133,14 @@ class LinearProduct(_Product):
 
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         if self.activations.shape[1] == 1:
-            activations, backprops = (_zeroed(x, factors).squeeze(1) for x in (self.activations, self.backprops))
-            return _in_parts(backprops, activations, factors)
+            activations, backprops = _zeroed(factors, self.activations, self.backprops)
+            return _in_parts(backprops.squeeze(1), activations.squeeze(1), factors)
         if dtype == torch.float64:
             factors = rounded_down(factors, self.activations, self.backprops)
             return ops.linear_weighted_sum(self.activations, self.backprops, factors)
-        backprops = _scaled(self.backprops, factors).flatten(0, 1)
-        activations = _zeroed(self.activations, factors).flatten(0, 1).to(backprops.dtype)
-        return backprops.T @ activations
+        activations, backprops = _zeroed(factors, self.activations, self.backprops)
+        backprops = _scaled(backprops, factors).flatten(0, 1)
+        return backprops.T @ activations.flatten(0, 1).to(backprops.dtype)
 
     def in_float64(self, records: Tensor) -> LinearProduct:
         return LinearProduct(self.activations[records].double(), self.backprops[records].double())
@@ -189,9 +198,9 @@ class ConvProduct(_Product):
         if dtype == torch.float64:
             factors = rounded_down(factors, self.activations, self.backprops)
             return ops.conv_weighted_sum(self.activations, self.backprops, factors, *how)
-        backprops = _scaled(self.backprops, factors)
-        activations = _zeroed(self.activations, factors).to(backprops.dtype)
-        return ops.conv_weight_gradient(activations, backprops, *how)
+        activations, backprops = _zeroed(factors, self.activations, self.backprops)
+        backprops = _scaled(backprops, factors)
+        return ops.conv_weight_gradient(activations.to(backprops.dtype), backprops, *how)
 
     def in_float64(self, records: Tensor) -> ConvProduct:
         return replace(self, activations=self.activations[records].double(), backprops=self.backprops[records].double())
@@ -246,7 +255,8 @@ class EmbeddingProduct:
         return dense.scatter_add_(1, self.indices.unsqueeze(2).expand_as(backprops), kept)
 
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        backprops = _scaled(self.backprops, factors).to(torch.promote_types(dtype, self.backprops.dtype))
+        (backprops,) = _zeroed(factors, self.backprops)
+        backprops = _scaled(backprops, factors).to(torch.promote_types(dtype, backprops.dtype))
         return torch.ops.aten.embedding_dense_backward(backprops, self.indices, self.entries, self.padding_idx, False)
 
     def in_float64(self, records: Tensor) -> EmbeddingProduct:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _LIBRARY = torch.library.Library("dp2vae_fast", "FRAGMENT")
 _NOT_IN_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 _LIBRARY.define(
-    "capture_begin(int capture, int module, Tensor after, Tensor[] inputs, str[] names, bool whole, "
+    "capture_begin(int capture, int module, Tensor after, Tensor[] inputs, str[] names, bool whole, int[] trained, "
     "ScalarType? autocast) -> Tensor",
     tags=_NOT_IN_CUDA_GRAPHS,
 )
@@ -87,7 +87,7 @@ class TracedCalls:
         device = inputs[0].device.type if inputs else "cpu"
         whole = len(inputs) == len(values) and all(isinstance(x, Tensor) for x in values)
         self._latest = torch.ops.dp2vae_fast.capture_begin(
-            self.number, module, self._latest, inputs, list(kwargs), whole, autocast_dtype(device)
+            self.number, module, self._latest, inputs, list(kwargs), whole, self._trained(), autocast_dtype(device)
         )
         return self._latest
 
@@ -115,12 +115,30 @@ class TracedCalls:
         where = (self.number, layer, keys, self._uses)
         return _TracedIdentity.apply(*where, len(outputs), anchor, ticket, *outputs, *saved)
 
+    def _trained(self) -> list[int]:
+        """Which of the parameters, in the order of hooks, have gradients."""
+        every = [hooks.module._parameters[key] for hooks in self._capture.hooks for key in hooks.keys]
+        return [i for i, p in enumerate(every) if p is not None and p.requires_grad]
+
     # While it runs ---------------------------------------------------------------------------------------------------
 
-    def begun(self, module: int, inputs: Sequence[Tensor], names: Sequence[str], whole: bool, autocast: Any) -> int:
+    def begun(
+        self,
+        module: int,
+        inputs: Sequence[Tensor],
+        names: Sequence[str],
+        whole: bool,
+        trained: Sequence[int],
+        autocast: Any,
+    ) -> int:
         capture, number = self._capture, next(self._tickets)
         if not capture.attached:
             raise RuntimeError("the model was compiled while it was private, and is no longer: compile it again")
+        if list(trained) != self._trained():  # torch 2.11's compiler does not look
+            raise RuntimeError(
+                "parameters were frozen or thawed since the model was compiled: call torch.compiler.reset() to have it "
+                "compiled again"
+            )
         if torch._C._current_graph_task_id() != -1:
             raise NotImplementedError(
                 "the forward of a compiled model runs again in its backward pass (checkpointing, an activation memory "
@@ -200,10 +218,8 @@ def _find(capture: int) -> TracedCalls:
     return _captures[capture]
 
 
-def _begin(
-    capture: int, module: int, after: Tensor, inputs: Sequence[Tensor], names: Sequence[str], whole: bool, autocast: Any
-) -> Tensor:
-    return torch.tensor(_find(capture).begun(module, inputs, names, whole, autocast))
+def _begin(capture: int, module: int, after: Tensor, *call: Any) -> Tensor:
+    return torch.tensor(_find(capture).begun(module, *call))
 
 
 def _end(capture: int, ticket: Tensor, outputs: Sequence[Tensor], tapped: Sequence[int]) -> Tensor:

@@ -112,7 +112,7 @@ class _FusedAdam(FusedUpdate):
         for state in states:
             if "step" not in state:
                 state["step"] = torch.tensor(0.0, dtype=torch.get_default_dtype())
-            state["step"] += 1
+        torch._foreach_add_([state["step"] for state in states], 1)  # type: ignore[attr-defined]
         ops.noise_adam_(
             [ops.lying(p) for p in params],
             sums,
