@@ -3,6 +3,8 @@ their product in float64."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from cases import LAYER_CASES, LayerCase, record_loss
@@ -13,6 +15,7 @@ from dp2vae_fast.engine.capture import Capture
 from dp2vae_fast.engine.clipping import FlatClipping
 from dp2vae_fast.engine.gradients import Gradient
 from dp2vae_fast.engine.plan import Plan
+from dp2vae_fast.engine.precision import BATCHES_IN_FLOAT32
 from dp2vae_fast.engine.products import ConvGeometry, ConvProduct, LinearProduct
 
 BOUND = 0.7
@@ -186,3 +189,38 @@ def test_layers_of_two_precisions_are_clipped_together():
             for one in alone:
                 total = sum(float(g.weighted_sum(one).double().square().sum()) for g in gradients)
                 assert total**0.5 <= BOUND * (1 + 2.0**-23)
+
+
+@pytest.mark.parametrize("batches, wide", [(1, False), (BATCHES_IN_FLOAT32, False), (BATCHES_IN_FLOAT32 + 1, True)])
+def test_sums_of_many_physical_batches_are_added_in_float64(monkeypatch, batches: int, wide: bool):
+    """As many as the sensitivity counts are added in float32, which holds half as much memory."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 3))
+    private, optimizer = PrivacyEngine().privatize(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        noise_multiplier=0.0,
+        max_grad_norm=BOUND,
+        sample_rate=0.1,
+        expected_batch_size=40,
+    )
+    each: list[list[Tensor]] = []  # of the parts as they are added
+    add = optimizer._add
+
+    def recorded(sums: Iterable[tuple[Tensor, Tensor]]) -> None:
+        found = list(sums)
+        each.append([total.double() for _, total in found])
+        add(found)
+
+    monkeypatch.setattr(optimizer, "_add", recorded)
+    for inputs in torch.randn(40, 20).chunk(batches):
+        optimizer.signal_skip_step(True)
+        optimizer.zero_grad()
+        record_loss(private(inputs)).sum().backward()
+        optimizer.step()
+    assert len(each) == batches
+    additions = min(batches, BATCHES_IN_FLOAT32) - 1
+    for found, parts in zip(optimizer._sums.values(), zip(*each, strict=True), strict=True):
+        assert found.dtype == (torch.float64 if wide else torch.float32)
+        exact, reach = sum(parts), sum(part.abs() for part in parts)
+        assert bool(((found.double() - exact).abs() <= additions * 2.0**-24 * reach + 1e-15).all())

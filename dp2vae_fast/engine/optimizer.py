@@ -18,7 +18,7 @@ from .capture import Capture
 from .clipping import FlatClipping
 from .gradients import Gradient
 from .keystream import Stream
-from .precision import full_precision, roundings_on, sum_rounding
+from .precision import BATCHES_IN_FLOAT32, full_precision, roundings_on, sum_rounding
 from .update import FusedUpdate
 
 
@@ -192,9 +192,15 @@ class DPOptimizer(OpacusDPOptimizer):
             yield p, weighted
 
     def _add(self, sums: Iterable[tuple[Tensor, Tensor]]) -> None:
+        narrow = self._parts <= BATCHES_IN_FLOAT32
         for p, weighted in sums:
             pending = self._sums.get(p)
-            self._sums[p] = weighted if pending is None else pending.double().add_(weighted)
+            if pending is None:
+                self._sums[p] = weighted
+            elif narrow and pending.dtype == weighted.dtype:
+                pending.add_(weighted)
+            else:
+                self._sums[p] = pending.double().add_(weighted)
 
     def add_replayed(self, sums: Iterable[tuple[Tensor, Tensor]], records: int) -> None:
         """Add a batch of ``records`` records whose :meth:`clipped_sums` a graph has formed, in place of a forward and a

@@ -14,6 +14,8 @@ from ..ops.norm import MMA_ROUNDINGS
 
 # A sum over many records is formed in parts, and blocks of parts, so that no term passes through many additions.
 RECORDS_PER_PART, PARTS_PER_BLOCK = 128, 16
+# Physical batches of a step, whose sums are added in float32; those of more are added in float64, which takes memory.
+BATCHES_IN_FLOAT32 = 4
 # A draw has more records than `records_at_most` with a probability below this.
 _DRAW_TAIL = 2.0**-64
 # Positions that a product over positions may have; with more, gradients are formed and kept.
@@ -67,8 +69,9 @@ def sum_rounding(
     Every term ``c_n g_n`` is at most C long and passes through at most h additions, so either of the two sums is off
     by at most ``h u`` times the sum of their lengths (Higham, *Accuracy and Stability of Numerical Algorithms*, ch. 4):
     ``2 h u B`` together, for at most B records and the unit roundoff u of ``dtype``. Records are added in parts of
-    :data:`RECORDS_PER_PART`, blocks of :data:`PARTS_PER_BLOCK` parts, physical batches and what other ranks have in
-    float64, and the total is rounded once: ``h = RECORDS_PER_PART + PARTS_PER_BLOCK + 4``.
+    :data:`RECORDS_PER_PART`, :data:`PARTS_PER_BLOCK` parts in turn and :data:`BATCHES_IN_FLOAT32` physical batches in
+    turn; more parts, more batches and what other ranks have in float64, and the total is rounded once:
+    ``h = RECORDS_PER_PART + PARTS_PER_BLOCK + BATCHES_IN_FLOAT32 + 4``.
 
     Where a weight is used at several positions, the C++ and Triton kernels form each record's product apart from all
     others and add it as one term. It differs from the exact gradient by the rounding of that record's own product,
@@ -89,4 +92,5 @@ def sum_rounding(
     records = max(records_at_most(expected_records), largest)
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     products = records * 2.0**-53 * math.sqrt(MAX_POSITIONS / (2 * 2.0**-24 * STILL_COUNTED))
-    return 1.01 * 2 * records * ((roundings * RECORDS_PER_PART + PARTS_PER_BLOCK + 4) * unit + products)
+    depth = roundings * RECORDS_PER_PART + PARTS_PER_BLOCK + BATCHES_IN_FLOAT32 + 4
+    return 1.01 * 2 * records * (depth * unit + products)

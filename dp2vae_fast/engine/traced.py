@@ -117,7 +117,7 @@ class TracedCalls:
 
     def _trained(self) -> list[int]:
         """Which of the parameters, in the order of hooks, have gradients."""
-        every = [hooks.module._parameters[key] for hooks in self._capture.hooks for key in hooks.keys]
+        every = [hooks.module._parameters.get(key) for hooks in self._capture.hooks for key in hooks.keys]
         return [i for i, p in enumerate(every) if p is not None and p.requires_grad]
 
     # While it runs ---------------------------------------------------------------------------------------------------
