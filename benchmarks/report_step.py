@@ -122,7 +122,7 @@ def floors(record: Row) -> str:
     """What a private step must do more, and how little it could cost over the plain one."""
     lines = ["| | plain, ms | norms, ms | noise, ms | floor |", "|---" * 5 + "|"]
     for row in record["rows"]:
-        cells = [f"{row[key]:.3g}" for key in ("plain_ms", "norms_ms", "noise_ms")]
+        cells = [f"{row[key]:.4g}" for key in ("plain_ms", "norms_ms", "noise_ms")]
         lines.append(f"| {row['workload']} | {' | '.join(cells)} | {row['ratio']:.2f} |")
     return "\n".join([*lines, "", f"One thread, {record['rounds']} rounds. {_made(record)}"])
 
