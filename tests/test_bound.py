@@ -4,6 +4,7 @@ their product in float64."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,18 @@ OPERANDS = ("activations", "backprops", "values")
 
 def flat_factors(gradients: list[Gradient], bound: float, scale: float = 1.0) -> Tensor:
     return FlatClipping().factors(dict(enumerate(gradients)), bound, scale)[0]
+
+
+def privatized(model: nn.Module, expected_batch_size: int) -> tuple[nn.Module, Any]:
+    """The model and its optimizer, private without noise."""
+    return PrivacyEngine().privatize(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        noise_multiplier=0.0,
+        max_grad_norm=BOUND,
+        sample_rate=0.1,
+        expected_batch_size=expected_batch_size,
+    )
 
 
 def realised(gradients: list[Gradient], factors: Tensor) -> Tensor:
@@ -95,15 +108,7 @@ def test_squares_below_the_normal_range_are_counted(positions: int):
 def test_autocast_around_backward_and_step_changes_no_norm(inside: str):
     torch.manual_seed(3)
     for seed in range(8):
-        model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 16))
-        private, optimizer = PrivacyEngine().privatize(
-            model,
-            torch.optim.SGD(model.parameters(), lr=1.0),
-            noise_multiplier=0.0,
-            max_grad_norm=BOUND,
-            sample_rate=0.1,
-            expected_batch_size=1,
-        )
+        private, optimizer = privatized(nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 16)), 1)
         inputs = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(seed))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = 100 * record_loss(private(inputs).float()).sum()
@@ -195,15 +200,7 @@ def test_layers_of_two_precisions_are_clipped_together():
 def test_sums_of_many_physical_batches_are_added_in_float64(monkeypatch, batches: int, wide: bool):
     """As many as the sensitivity counts are added in float32, which holds half as much memory."""
     torch.manual_seed(5)
-    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 3))
-    private, optimizer = PrivacyEngine().privatize(
-        model,
-        torch.optim.SGD(model.parameters(), lr=1.0),
-        noise_multiplier=0.0,
-        max_grad_norm=BOUND,
-        sample_rate=0.1,
-        expected_batch_size=40,
-    )
+    private, optimizer = privatized(nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 3)), 40)
     each: list[list[Tensor]] = []  # of the parts as they are added
     add = optimizer._add
 

@@ -166,10 +166,8 @@ int64_t depth_of(const Product& p, const Numbering& numbering, int64_t lanes) {
 }
 
 std::tuple<Tensor, Tensor> gram_norms(const Product& p, const Tensor& like) {
-  Tensor norm_sq = torch::stable::new_empty(like, {p.records}, ScalarType::Float);
-  Tensor error = torch::stable::new_empty(like, {p.records}, ScalarType::Float);
-  auto* norms = static_cast<float*>(norm_sq.mutable_data_ptr());
-  auto* errors = static_cast<float*>(error.mutable_data_ptr());
+  Tensor norm_sq = new_floats(like, {p.records}), error = new_floats(like, {p.records});
+  float *norms = floats(norm_sq), *errors = floats(error);
   if (p.records == 0) return {norm_sq, error};
   const GramKernels& kernels = gram_kernels_in_use();
   const Numbering numbering(p, kernels.lanes);
@@ -199,10 +197,8 @@ std::tuple<Tensor, Tensor> gram_norms(const Product& p, const Tensor& like) {
 std::tuple<Tensor, Tensor> outer_norms(const Product& p, const Tensor& like) {
   STD_TORCH_CHECK(!p.plain.bf16 && !p.spread.bf16 && p.plain.channel == 1 && p.spread.channel == 1,
                   "one position: expected float32 with features side by side");
-  Tensor norm_sq = torch::stable::new_empty(like, {p.records}, ScalarType::Float);
-  Tensor error = torch::stable::new_empty(like, {p.records}, ScalarType::Float);
-  auto* norms = static_cast<float*>(norm_sq.mutable_data_ptr());
-  auto* errors = static_cast<float*>(error.mutable_data_ptr());
+  Tensor norm_sq = new_floats(like, {p.records}), error = new_floats(like, {p.records});
+  float *norms = floats(norm_sq), *errors = floats(error);
   const auto squares = product_kernels_in_use().squares;
   const auto row = [](const Operand& o, int64_t n) {
     return static_cast<const float*>(o.data) + n * o.record;

@@ -1,6 +1,7 @@
 // From an op's arguments to the product they mean.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
@@ -22,6 +23,12 @@ constexpr double kTiny = 1.17549435e-38;  // smallest normal float32
 inline double roundoff(double depth) {
   const double x = depth * std::ldexp(1.0, -24);
   return x < 1 ? 1.02 * x / (1 - x) : HUGE_VAL;
+}
+
+inline float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+inline Tensor new_floats(const Tensor& like, const Ints& sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
 }
 
 // Weight gradient of a linear layer: activations [N, T, D], backprops [N, T, P].

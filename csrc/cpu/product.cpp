@@ -81,12 +81,6 @@ Packing::Packing(const Product& p, const ProductKernels& k) {
   l.tap_slot = tap_slot.data();
 }
 
-float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-
-Tensor new_floats(const Tensor& like, const Ints& sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Float);
-}
-
 // A squared norm as computed by the kernels, and its error bound.
 void set_norm(double squares, int64_t n, float* norm_sq, float* error) {
   *norm_sq = static_cast<float>(squares);

@@ -427,5 +427,5 @@ def _laid_out(total: Tensor | None, parameter: Tensor) -> Tensor:
     if total is None:
         return torch.zeros_like(parameter, dtype=dtype)
     if total.stride() == parameter.stride():
-        return total if total.dtype == dtype else total.to(dtype)
+        return total.to(dtype)
     return torch.empty_like(parameter, dtype=dtype).copy_(total)
