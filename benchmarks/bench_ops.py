@@ -72,9 +72,11 @@ def _products(
     exact: Callable[[list[Any]], Tensor],
     sizes: dict[str, float],
     rival: Callable[..., Any] | None = None,
+    sums: str = "",
 ) -> list[Case]:
     """The four ops of a family. ``exact`` makes the gradients of the first records; ``sizes``: read (bytes of both
-    operands), kept (of all gradients), weight (of one), direct and gram (multiply-adds)."""
+    operands), kept (of all gradients), weight (of one), direct and gram (multiply-adds). ``sums``: the op of weighted
+    sums, where it is not the family's."""
 
     def norms(a: list[Any], r: Any) -> bool:
         return _bounded(r[-2:], exact(a))
@@ -95,7 +97,7 @@ def _products(
         Case(f"{family}_norm_sq", shape, made, norms, read, min(direct, sizes["gram"]), rival),
         Case(f"{family}_direct_norm_sq", shape, made, norms, read, direct),
         Case(f"{family}_kept", shape, made, gradients, read + sizes["kept"], direct),
-        Case(f"{family}_weighted_sum", shape, weighted, total, read + sizes["weight"], direct),
+        Case(sums or f"{family}_weighted_sum", shape, weighted, total, read + sizes["weight"], direct),
     ]
 
 
@@ -112,7 +114,8 @@ def linear(what: str, n: int, t: int, d: int, p: int) -> list[Case]:
         "gram": n * t * (t + 1) / 2 * (d + p),
     }
     made = functools.partial(lambda: [_normal(n, t, d), _normal(n, t, p)])
-    return _products("linear", f"{what}: N={n} T={t} {d}→{p}", made, exact, sizes)
+    sums = "outer_weighted_sum" if t == 1 else ""
+    return _products("linear", f"{what}: N={n} T={t} {d}→{p}", made, exact, sizes, sums=sums)
 
 
 def conv(what: str, n: int, c_in: int, c_out: int, side: int, k: int, s: int, transposed: bool = False) -> list[Case]:

@@ -29,6 +29,7 @@ STABLE_TORCH_LIBRARY_IMPL(dp2vae_fast, CPU, library) {
   library.impl("linear_kept", TORCH_BOX(&dp2vae::linear_kept));
   library.impl("linear_direct_norm_sq", TORCH_BOX(&dp2vae::linear_direct_norm_sq));
   library.impl("linear_weighted_sum", TORCH_BOX(&dp2vae::linear_weighted_sum));
+  library.impl("outer_weighted_sum", TORCH_BOX(&dp2vae::outer_weighted_sum));
   library.impl("conv_kept", TORCH_BOX(&dp2vae::conv_kept));
   library.impl("conv_direct_norm_sq", TORCH_BOX(&dp2vae::conv_direct_norm_sq));
   library.impl("conv_weighted_sum", TORCH_BOX(&dp2vae::conv_weighted_sum));

@@ -32,6 +32,7 @@ void noise_adam_(std::vector<Tensor> params, std::vector<Tensor> sums, std::vect
 std::tuple<Tensor, Tensor, Tensor> linear_kept(const Tensor& activations, const Tensor& backprops);
 std::tuple<Tensor, Tensor> linear_direct_norm_sq(const Tensor& activations, const Tensor& backprops);
 Tensor linear_weighted_sum(const Tensor& activations, const Tensor& backprops, const Tensor& factors);
+Tensor outer_weighted_sum(const Tensor& activations, const Tensor& backprops, const Tensor& factors);
 std::tuple<Tensor, Tensor, Tensor> conv_kept(const Tensor& activations, const Tensor& backprops,
                                              Ints weight_shape, Ints stride, Ints padding, Ints dilation,
                                              int64_t groups, bool transposed);

@@ -38,6 +38,7 @@ def arguments_of_every_op() -> dict[str, tuple]:
         "kept_weighted_sum": (randn(2, 7), torch.tensor([0.5, 0.0])),
         **{f"linear_{how}": (randn(2, 3, 4), randn(2, 3, 5)) for how in ("norm_sq", "direct_norm_sq", "kept")},
         "linear_weighted_sum": (randn(2, 3, 4), randn(2, 3, 5), torch.tensor([0.5, 0.0])),
+        "outer_weighted_sum": (randn(2, 1, 4), randn(2, 1, 5), torch.tensor([0.5, 0.0])),
         "random_words": (KEY, STEP, 0, noise.COINS, 0, 37),
         "add_noise_": (pair(), *draws),
         "noise_sgd_": (pair(), pair(), pair(), *draws, 1.0, 0.1, 0.9, 0.0, 0.1, False, False, False),

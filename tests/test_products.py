@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dp2vae_fast import ops
 from dp2vae_fast.engine.products import ConvGeometry, ConvProduct, EmbeddingProduct, LinearProduct
 from dp2vae_fast.ops import _op
+from dp2vae_fast.ops.gradient import PARTS_PER_BLOCK, RECORDS_PER_PART
 
 pytestmark = pytest.mark.skipif(bool(_op._native_gap), reason=_op._native_gap)
 N = 5
@@ -188,8 +189,85 @@ def test_norms_of_one_position(isa):
     assert 0 < exact <= float(norm_sq[3] + error[3])
 
 
+# Records, D, P: parts, blocks and panels of the kernel, whole and not.
+OUTER = [(1, 3, 1), (3, 17, 5), (128, 64, 33), (129, 1, 9), (512, 16, 300), (513, 50, 257), (200, 1600, 20)]
+OUTER += [(2048, 7, 12), (2049, 31, 13), (4100, 5, 3)]
+
+
+def outer_operands(records: int, d: int, p: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(records)
+    a, b = (torch.randn(records, 1, n, generator=generator) for n in (d, p))
+    factors = torch.rand(records, generator=generator)
+    factors[1::3] = 0
+    return a, b, factors
+
+
+@pytest.mark.parametrize("how", ["reference", "cpp"])
+@pytest.mark.parametrize("records, d, p", OUTER)
+def test_sums_of_outer_products_keep_their_bound(isa, how: str, records: int, d: int, p: int):
+    """No term passes through more additions than `sum_rounding` counts, besides its product's two roundings."""
+    a, b, factors = outer_operands(records, d, p)
+    a[factors == 0], b[factors == 0] = torch.nan, torch.inf
+    found = ops.outer_weighted_sum(a, b, factors, backend=how)
+    left, right = (x[factors != 0, 0].double() for x in (a, b))
+    scaled = right * factors[factors != 0].double()[:, None]
+    bound = (RECORDS_PER_PART + PARTS_PER_BLOCK + 2) * 2.0**-24 * scaled.abs().T @ left.abs()
+    assert found.shape == (p, d) and bool(((found.double() - scaled.T @ left).abs() <= bound).all())
+
+
+def test_terms_of_an_outer_sum_pass_through_few_additions(isa):
+    """One record holds a half, 2,000 others less than half a unit in its last place each: what one accumulator rounds
+    away is what its own part adds to that record, not what the other parts hold."""
+    records, small = 2001, 2.0**-26
+    a = torch.ones(records, 1, 40)
+    b = torch.full((records, 1, 21), small)
+    b[0] = 0.5
+    found = ops.outer_weighted_sum(a, b, torch.ones(records), backend="cpp").double()
+    lost = 0.5 + small * (records - 1) - found
+    assert bool((lost <= small * RECORDS_PER_PART).all()) and bool((found <= 0.5 + small * records).all())
+
+
+def test_outer_sums_of_any_operands(isa):
+    """bfloat16, features apart, one row for all records: the sum of the same numbers in plain tensors, to the bit."""
+    a, b, factors = outer_operands(300, 45, 29)
+    rounded = [x.bfloat16() for x in (a, b)]
+    expected = ops.outer_weighted_sum(*(x.float() for x in rounded), factors, backend="cpp")
+    assert torch.equal(ops.outer_weighted_sum(*rounded, factors, backend="cpp"), expected)
+    apart = [torch.stack([x, x], -1)[..., 0] for x in (a, b)]
+    expected = ops.outer_weighted_sum(a, b, factors, backend="cpp")
+    assert torch.equal(ops.outer_weighted_sum(*apart, factors, backend="cpp"), expected)
+    same = ops.outer_weighted_sum(a[:1].repeat(300, 1, 1), b, factors, backend="cpp")
+    assert torch.equal(ops.outer_weighted_sum(a[:1].expand(300, 1, 45), b, factors, backend="cpp"), same)
+
+
+def test_outer_sums_of_no_record():
+    a, b, factors = outer_operands(4, 6, 5)
+    for how in ("reference", "cpp"):
+        assert ops.outer_weighted_sum(a, b, torch.zeros(4), backend=how).count_nonzero() == 0
+        assert ops.outer_weighted_sum(a[:0], b[:0], factors[:0], backend=how).shape == (5, 6)
+
+
+@pytest.mark.parametrize("records, d, p", [(3000, 900, 300), (100, 20, 30)])
+def test_threads_do_not_change_a_bit_of_outer_sums(records: int, d: int, p: int):
+    operands, before, found = outer_operands(records, d, p), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(ops.outer_weighted_sum(*operands, backend="cpp"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+def test_outer_sums_refuse_several_positions():
+    with pytest.raises(RuntimeError, match=r"\[N, 1, D\]"):
+        ops.outer_weighted_sum(torch.ones(2, 3, 4), torch.ones(2, 3, 5), torch.ones(2), backend="cpp")
+    with pytest.raises(RuntimeError, match="2 contiguous float32 numbers"):
+        ops.outer_weighted_sum(torch.ones(2, 1, 4), torch.ones(2, 1, 5), torch.ones(3), backend="cpp")
+
+
 def test_one_position_counts_the_vendors_rounding():
-    """Sums of such layers are the vendor's, so its rounding of operands is in the bound, which kernels do not state."""
+    """Kept gradients are the vendor's product: its rounding of operands is in the bound, which kernels do not state."""
     product = linear_product(1, 300, 70)
     tight = product.norm_sq()[1]
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"

@@ -28,7 +28,9 @@ def on_device(argument):
 
 
 def test_every_op_has_a_kernel():
-    assert {name for name, op in OPS.items() if op.__module__.startswith("dp2vae_fast.")} <= set(NAMES)
+    """But for sums of outer products, which are matrix products of the vendor library."""
+    every = {name for name, op in OPS.items() if op.__module__.startswith("dp2vae_fast.")}
+    assert every - set(NAMES) == {"outer_weighted_sum"}
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name in arguments_of_every_op()])

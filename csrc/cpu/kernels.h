@@ -2,4 +2,5 @@
 #include "affine_kernels.h"
 #include "gram_kernels.h"
 #include "noise_kernels.h"
+#include "outer_kernels.h"
 #include "product_kernels.h"

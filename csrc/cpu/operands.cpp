@@ -84,4 +84,10 @@ Product conv_product(const Tensor& activations, const Tensor& backprops, const I
   return p;
 }
 
+void check_factors(const Tensor& factors, int64_t records) {
+  STD_TORCH_CHECK(factors.is_cpu() && factors.scalar_type() == ScalarType::Float && factors.is_contiguous() &&
+                      factors.dim() == 1 && factors.numel() == records,
+                  "factors: expected ", records, " contiguous float32 numbers");
+}
+
 }  // namespace dp2vae

@@ -39,4 +39,7 @@ Product conv_product(const Tensor& activations, const Tensor& backprops, const I
                      const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
                      bool transposed);
 
+// Raises unless `factors` has a contiguous float32 number for each record.
+void check_factors(const Tensor& factors, int64_t records);
+
 }  // namespace dp2vae

@@ -19,6 +19,8 @@ namespace dp2vae {
 
 // Positions whose terms are added up in one accumulator; with more of them, such partial sums are added.
 constexpr int64_t kChunk = 64;
+// Records whose sum is formed in float32, and parts of so many that are: precision.py counts on both.
+constexpr int64_t kRecordsPerPart = 128, kPartsPerBlock = 16;
 // Roundings that a square passes through in a sum of squares, at most.
 constexpr int64_t kSquaresDepth = 80;
 constexpr int kMaxVectors = 4;  // of a row of a tile

@@ -10,10 +10,9 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from ..ops.gradient import PARTS_PER_BLOCK, RECORDS_PER_PART
 from ..ops.norm import MMA_ROUNDINGS
 
-# A sum over many records is formed in parts, and blocks of parts, so that no term passes through many additions.
-RECORDS_PER_PART, PARTS_PER_BLOCK = 128, 16
 # Physical batches of a step, whose sums are added in float32; those of more are added in float64, which takes memory.
 BATCHES_IN_FLOAT32 = 4
 # A draw has more records than `records_at_most` with a probability below this.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -13,7 +12,6 @@ from torch import Tensor
 from .. import ops
 from .cost import Cost, Method
 from .gradients import Gradient, Kept, random_like, rounded_down
-from .precision import PARTS_PER_BLOCK, RECORDS_PER_PART
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
 # An addition of the pixel-Gram combine pass, in multiply-adds of a Gram matrix with both halves counted: it moves bytes
 # where a matrix product does arithmetic.
 _COMBINE = 9
-_ROWS = RECORDS_PER_PART * PARTS_PER_BLOCK
-_CACHED = 2**18  # float32 numbers of a part of a sum
 
 
 def _bytes(x: Tensor) -> int:
@@ -49,43 +45,6 @@ def _zeroed(factors: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
 
 def _scaled(x: Tensor, factors: Tensor) -> Tensor:
     return ops.widen(x) * factors.reshape(-1, *[1] * (x.dim() - 1))
-
-
-def _part(backprops: Tensor, activations: Tensor, factors: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    """``backprops^T diag(factors) activations`` at once."""
-    left, right, weights = ops.widen(backprops), ops.widen(activations), factors[:, None]
-    left, right = (left * weights, right) if left.shape[1] < right.shape[1] else (left, right * weights)
-    return torch.mm(left.T.to(dtype), right.to(dtype), out=out)
-
-
-def _in_parts(backprops: Tensor, activations: Tensor, factors: Tensor) -> Tensor:
-    """``backprops^T diag(factors) activations`` for ``[N, P]`` and ``[N, D]``, in parts of few records; many parts are
-    added in float64. On a CPU, so few rows at a time that a part is still in its cache when it is added."""
-    records, p, d = len(factors), backprops.shape[1], activations.shape[1]
-    dtype = functools.reduce(torch.promote_types, (backprops.dtype, activations.dtype, factors.dtype))
-    if records <= RECORDS_PER_PART:
-        return _part(backprops, activations, factors, dtype, None)
-    many = records > _ROWS
-    total = factors.new_empty(p, d, dtype=torch.float64 if many else dtype)
-    height = max(1, p if total.is_cuda else min(p, _CACHED // max(1, d)))
-    room = factors.new_empty(height, d, dtype=dtype)  # of a part
-    block_room = torch.empty_like(room) if many else None
-
-    def part(i: int, columns: Tensor, out: Tensor) -> None:
-        here = slice(i, i + RECORDS_PER_PART)
-        _part(columns[here], activations[here], factors[here], dtype, out)
-
-    for rows, columns in zip(total.split(height), backprops.split(height, 1), strict=True):
-        apart = room[: len(rows)]  # a product of one row or column would add every term to `block`
-        for first in range(0, records, _ROWS):
-            block = rows if block_room is None else block_room[: len(rows)]
-            part(first, columns, block)
-            for i in range(first + RECORDS_PER_PART, min(first + _ROWS, records), RECORDS_PER_PART):
-                part(i, columns, apart)
-                block.add_(apart)
-            if block_room is not None:
-                rows.add_(block) if first else rows.copy_(block)
-    return total
 
 
 @dataclass(frozen=True)
@@ -132,12 +91,11 @@ class LinearProduct(_Product):
         return Kept(values, (norms[0], norms[1]))
 
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        if self.activations.shape[1] == 1:
-            activations, backprops = _zeroed(factors, self.activations, self.backprops)
-            return _in_parts(backprops.squeeze(1), activations.squeeze(1), factors)
-        if dtype == torch.float64:
+        one_position = self.activations.shape[1] == 1
+        if one_position or dtype == torch.float64:
+            weighted_sum = ops.outer_weighted_sum if one_position else ops.linear_weighted_sum
             factors = rounded_down(factors, self.activations, self.backprops)
-            return ops.linear_weighted_sum(self.activations, self.backprops, factors)
+            return weighted_sum(self.activations, self.backprops, factors)
         activations, backprops = _zeroed(factors, self.activations, self.backprops)
         backprops = _scaled(backprops, factors).flatten(0, 1)
         return backprops.T @ activations.flatten(0, 1).to(backprops.dtype)

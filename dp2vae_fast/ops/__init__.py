@@ -19,6 +19,7 @@ from dp2vae_fast.ops.gradient import (
     linear_kept,
     linear_weighted_sum,
     masked,
+    outer_weighted_sum,
     result_dtype,
 )
 from dp2vae_fast.ops.layout import lying, memory_order
@@ -60,6 +61,7 @@ __all__ = [
     "noise_adam_",
     "noise_sgd_",
     "normalize_factors",
+    "outer_weighted_sum",
     "per_dim",
     "processor",
     "random_words",

@@ -15,6 +15,7 @@ passes through more than 144 additions of float32.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -24,6 +25,9 @@ from torch import Tensor
 
 from ._op import op
 from .norm import _gamma, conv_roles, grad_sample_norm_sq, native_convolution, native_product, product_depth
+
+# A sum over many records is formed in parts, and blocks of parts, so that no term passes through many additions.
+RECORDS_PER_PART, PARTS_PER_BLOCK = 128, 16
 
 
 def masked(x: Tensor, factors: Tensor) -> Tensor:
@@ -82,6 +86,30 @@ def linear_weighted_sum(activations: Tensor, backprops: Tensor, factors: Tensor)
     """
     a, b = _double_product(activations, backprops, factors)
     return (b.flatten(0, 1).T @ a.flatten(0, 1)).to(result_dtype(activations, backprops))
+
+
+@op(native=native_convolution)
+def outer_weighted_sum(activations: Tensor, backprops: Tensor, factors: Tensor) -> Tensor:
+    """:func:`linear_weighted_sum` of layers with one position: ``[N, 1, D], [N, 1, P], [N] -> [P, D]``.
+
+    Records are added in parts of at most :data:`RECORDS_PER_PART` and blocks of :data:`PARTS_PER_BLOCK` parts; blocks
+    in float64. Within a part the terms of each number are one sum of the kernel's, or of the vendor library's in the
+    reference. Records of factor zero contribute exactly zero, whatever they hold.
+    """
+    dtype = result_dtype(activations, backprops)
+    a = masked(activations, factors).squeeze(1).to(dtype)
+    b = masked(backprops, factors).squeeze(1).to(dtype) * factors.to(dtype)[:, None]
+    rows = RECORDS_PER_PART * PARTS_PER_BLOCK
+    blocks = (
+        functools.reduce(torch.add, map(lambda x, y: y.T @ x, *(z.split(RECORDS_PER_PART) for z in block)))
+        for block in zip(a.split(rows), b.split(rows), strict=True)
+    )
+    if len(factors) <= rows:
+        return next(blocks)
+    total = b.new_zeros(b.shape[1], a.shape[1], dtype=torch.float64)
+    for block in blocks:
+        total += block
+    return total.to(dtype)
 
 
 @op(native=native_convolution)
@@ -232,6 +260,6 @@ def kept_weighted_sum(values: Tensor, factors: Tensor) -> Tensor:
     """
     values = masked(values, factors)
     total = values.new_zeros(values.shape[1], dtype=torch.float64)
-    for few, same in zip(factors.split(128), values.split(128), strict=True):
+    for few, same in zip(factors.split(RECORDS_PER_PART), values.split(RECORDS_PER_PART), strict=True):
         total += few @ same
     return total.to(values.dtype)

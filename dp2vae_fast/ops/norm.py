@@ -83,8 +83,8 @@ def native_product(activations: Tensor, backprops: Tensor, *_: object) -> bool |
 
 
 def _native_norms(activations: Tensor, backprops: Tensor) -> bool | str:
-    """The same for norms. Sums over records of one position are the vendor library's, whose rounding of operands the
-    reference counts."""
+    """The same for norms. Gradients of one position that are kept, and their sums on a GPU, are the vendor library's
+    products, whose rounding of operands the reference counts."""
     if activations.shape[1] != 1 or 0 in (activations.shape[2], backprops.shape[2]):
         return native_product(activations, backprops)
     plain = all(x.dtype == torch.float32 and x.stride(2) == 1 for x in (activations, backprops))
