@@ -27,7 +27,7 @@ from . import blocks
 from ._common import launch, takes
 from .gradient import Product, convolution, linear, operand_tiles, supports_convolution, supports_linear
 
-PART = 128  # records of a part at most: `RECORDS_PER_PART` of engine/precision.py
+PART = 128  # records of a part at most: `RECORDS_PER_PART` of ops/gradient.py
 _SMALL = 8  # records of a part at least, where there are as many: below, adding parts up costs as much as they do
 _PROGRAMS = 4  # that keep a multiprocessor busy
 

@@ -14,13 +14,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-const AffineKernels& affine_kernels_in_use() {
-#if DP2VAE_HAS_X86_BUILDS
-  return in_use(portable::affine_kernels, avx2::affine_kernels, avx512::affine_kernels);
-#else
-  return portable::affine_kernels;
-#endif
-}
+const AffineKernels& affine_kernels_in_use() { return DP2VAE_IN_USE(affine_kernels); }
 
 void check_pair(const Tensor& x, const Tensor& b) {
   STD_TORCH_CHECK(x.is_cpu() && b.is_cpu() && x.scalar_type() == ScalarType::Float &&

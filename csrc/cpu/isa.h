@@ -30,3 +30,10 @@ const Table& in_use(const Table& portable, const Table& avx2, const Table& avx51
 }
 
 }  // namespace dp2vae
+
+// The table of this name that is in use, of those in the namespaces of all instruction sets of this build.
+#if DP2VAE_HAS_X86_BUILDS
+#define DP2VAE_IN_USE(table) in_use(portable::table, avx2::table, avx512::table)
+#else
+#define DP2VAE_IN_USE(table) (portable::table)
+#endif

@@ -77,13 +77,7 @@ void update_all(const Tensors& tensors, Draw draw, const std::vector<int64_t>& i
 
 }  // namespace
 
-const NoiseKernels& noise_kernels_in_use() {
-#if DP2VAE_HAS_X86_BUILDS
-  return in_use(portable::noise_kernels, avx2::noise_kernels, avx512::noise_kernels);
-#else
-  return portable::noise_kernels;
-#endif
-}
+const NoiseKernels& noise_kernels_in_use() { return DP2VAE_IN_USE(noise_kernels); }
 
 Tensor random_words(const Tensor& key, const Tensor& step, int64_t mechanism, int64_t domain, int64_t index,
                     int64_t n) {

@@ -19,13 +19,7 @@ namespace {
 
 using Triple = std::array<int64_t, 3>;
 
-const GramKernels& gram_kernels_in_use() {
-#if DP2VAE_HAS_X86_BUILDS
-  return in_use(portable::gram_kernels, avx2::gram_kernels, avx512::gram_kernels);
-#else
-  return portable::gram_kernels;
-#endif
-}
+const GramKernels& gram_kernels_in_use() { return DP2VAE_IN_USE(gram_kernels); }
 
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 

@@ -19,16 +19,7 @@ namespace {
 // Packed at a time, so that it stays in the second cache.
 constexpr int64_t kParts = 4, kColumns = 768, kRows = 256;
 
-const OuterKernels& outer_kernels_in_use() {
-#if DP2VAE_HAS_X86_BUILDS
-  return in_use(portable::outer_kernels, avx2::outer_kernels, avx512::outer_kernels);
-#else
-  return portable::outer_kernels;
-#endif
-}
-
-// `count` things in as few parts of at most `most` as there may be.
-int64_t parts_of(int64_t count, int64_t most) { return (count + most - 1) / most; }
+const OuterKernels& outer_kernels_in_use() { return DP2VAE_IN_USE(outer_kernels); }
 
 void add_block(const Product& p, const Layout& l, OuterBlock block, float* out) {
   const OuterKernels& k = outer_kernels_in_use();

@@ -11,9 +11,9 @@ namespace {
 // Cycles for one position of all tiles, by what a core does in one: two vector multiply-adds, two loads.
 // Loads are not quite free beside the arithmetic, least where they come from the second cache, as columns do.
 double cycles(const Product& p, const ProductKernels& k, int64_t columns, int64_t wide, bool unfolded) {
-  const int64_t vectors = (columns + k.lanes - 1) / k.lanes;
-  const double column_tiles = (vectors + wide - 1) / wide;
-  const double row_tiles = (p.rows + k.max_rows[wide] - 1) / k.max_rows[wide];
+  const int64_t vectors = parts_of(columns, k.lanes);
+  const double column_tiles = parts_of(vectors, wide);
+  const double row_tiles = parts_of(p.rows, k.max_rows[wide]);
   const double rows = p.rows / row_tiles, of_a_row = vectors / column_tiles;
   const double tile =
       std::max({rows * of_a_row / 2, (rows + of_a_row) / 2, 4.0}) + rows / 16 + 3 * of_a_row / 16;
@@ -35,9 +35,9 @@ Packing::Packing(const Product& p, const ProductKernels& k) {
       best = cost;
       l.unfolded = unfolded;
       l.columns = columns;
-      l.vectors = (columns + k.lanes - 1) / k.lanes;
-      l.column_tiles = (l.vectors + wide - 1) / wide;
-      l.row_tiles = (p.rows + k.max_rows[wide] - 1) / k.max_rows[wide];
+      l.vectors = parts_of(columns, k.lanes);
+      l.column_tiles = parts_of(l.vectors, wide);
+      l.row_tiles = parts_of(p.rows, k.max_rows[wide]);
     }
   l.lanes = k.lanes;
   l.taps = l.unfolded ? 1 : p.taps();

@@ -103,13 +103,7 @@ Tensor weighted_sum(const Product& p, const Tensor& factors, const std::vector<i
 
 }  // namespace
 
-const ProductKernels& product_kernels_in_use() {
-#if DP2VAE_HAS_X86_BUILDS
-  return in_use(portable::product_kernels, avx2::product_kernels, avx512::product_kernels);
-#else
-  return portable::product_kernels;
-#endif
-}
+const ProductKernels& product_kernels_in_use() { return DP2VAE_IN_USE(product_kernels); }
 
 std::tuple<Tensor, Tensor, Tensor> linear_kept(const Tensor& activations, const Tensor& backprops) {
   const Product p = linear_product(activations, backprops);

@@ -46,8 +46,11 @@ struct Product {
 // `n` things dealt to `parts` as evenly as possible: where part i begins.
 DP2VAE_INLINE int64_t part_begin(int64_t n, int64_t parts, int64_t i) { return i * n / parts; }
 
+// As few parts of at most `most` things as hold `n`.
+DP2VAE_INLINE int64_t parts_of(int64_t n, int64_t most) { return (n + most - 1) / most; }
+
 // Parts of at most kChunk positions.
-DP2VAE_INLINE int64_t chunks(int64_t positions) { return (positions + kChunk - 1) / kChunk; }
+DP2VAE_INLINE int64_t chunks(int64_t positions) { return parts_of(positions, kChunk); }
 
 // Additions that a term of a record's product passes through, at most.
 inline int64_t product_depth(int64_t positions) {
