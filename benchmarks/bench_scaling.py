@@ -125,8 +125,9 @@ def main() -> None:
     out = chosen.out or Path(__file__).parent / "results" / f"scaling_{chosen.device}.json"
     settings = Settings(
         rounds=chosen.rounds,
+        processes=1,
         fewest=3,
-        budget=15.0,
+        budget=30.0,
         patience=chosen.patience,
         limit=chosen.limit,
         fastdp=chosen.fastdp,

@@ -1,7 +1,7 @@
 """A whole training step, private and not, of this package and of others.
 
     python benchmarks/bench_step.py [--short] [--workloads W2-decoder ...] [--variants ours opacus-ghost ...]
-        [--threads 1 2] [--malloc default tuned] [--rounds 15] [--fastdp PATH] [--out FILE] [--again]
+        [--threads 1 2] [--malloc default tuned] [--rounds 9] [--processes 3] [--fastdp PATH] [--out FILE] [--again]
         [--device cuda [--tf32] [--cudnn-benchmark]]
 
 How it is measured: :mod:`harness`; that nothing wrong is timed: :mod:`gate`. Rows (workload, threads, allocator) are
@@ -30,7 +30,7 @@ SHORT = {
     "threads": [1],
     "malloc": ["default"],
 }
-SHORT_SETTINGS = {"rounds": 5, "fewest": 3, "budget": 8.0, "patience": 5.0, "warm_up": 1}
+SHORT_SETTINGS = {"rounds": 5, "processes": 1, "fewest": 3, "budget": 8.0, "patience": 5.0, "warm_up": 1}
 LONG = {
     "workloads": workloads.PRESETS,
     "variants": variants.ON_CPU,
@@ -38,7 +38,8 @@ LONG = {
     "malloc": list(MALLOC),
 }
 GPU = {"workloads": workloads.ON_GPU, "variants": variants.ON_GPU, "threads": [1], "malloc": ["default"]}
-GPU_SETTINGS = {"device": "cuda", "in_a_row": 3, "rounds": 30, "budget": 5.0, "patience": 10.0, "warm_up": 10}
+GPU_SETTINGS = {"device": "cuda", "in_a_row": 3, "rounds": 30, "processes": 1, "budget": 15.0}
+GPU_SETTINGS |= {"patience": 10.0, "warm_up": 10}
 
 
 def table(row: dict[str, Any]) -> str:
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+")
     parser.add_argument("--malloc", nargs="+", choices=MALLOC)
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--processes", type=int, help="of each variant that is about as fast as the first")
     parser.add_argument("--patience", type=float, help="seconds for which rounds on a busy machine are repeated")
     parser.add_argument("--limit", type=float, help="seconds that a variant may take for one answer")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which no row is begun")
@@ -81,7 +83,8 @@ def main() -> None:
     usual = SHORT if arguments.short else GPU if on_gpu else LONG
     chosen = {k: getattr(arguments, k) or v for k, v in usual.items()}
     chosen["variants"] = variants.in_order(chosen["variants"])
-    given = {k: getattr(arguments, k) for k in ("rounds", "patience", "limit") if getattr(arguments, k) is not None}
+    numbers = ("rounds", "processes", "patience", "limit")
+    given = {k: number for k in numbers if (number := getattr(arguments, k)) is not None}
     given |= {k: True for k in ("tf32", "cudnn_benchmark") if getattr(arguments, k)}
     usual_settings = (GPU_SETTINGS if on_gpu else {}) | (SHORT_SETTINGS if arguments.short else {})
     settings = Settings(**{**usual_settings, **given}, fastdp=arguments.fastdp)

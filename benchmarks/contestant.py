@@ -31,7 +31,7 @@ class Contestant:
     def __init__(self, device: str = "cpu", tf32: bool = False) -> None:
         self.device, self.tf32 = device, tf32 and device == "cuda"
         self.run: variants.Run
-        self.before = 0.0  # MiB after set-up, before the first step
+        self.before = 0.0  # MiB after set-up, before the first step, without code
 
     def find_truth(self, workload: str, path: str) -> dict[str, Any]:
         """Write the oracle's sums to ``path``."""
@@ -48,7 +48,7 @@ class Contestant:
         _load_libraries(problem)
         self.run = chosen.build(problem, bound)
         memory.give_back()
-        self.before = memory.resident(self.device)
+        self.before = memory.resident(self.device) - memory.code(self.device)
         return {}
 
     def check(self, variant: str, path: str) -> dict[str, Any]:
@@ -83,12 +83,16 @@ class Contestant:
             torch.cuda.synchronize()
 
     def measure_memory(self) -> dict[str, Any]:
-        """Peak MiB of a step above set-up, and of the whole process."""
+        """Peak MiB of a step above set-up, code that was loaded since left out; and of the whole process."""
         if self.run.in_graph_mib is not None:
             peak, kind = self.before + self.run.in_graph_mib, "of the step that was captured"
         else:
             peak, kind = memory.peak_of(self.run.step, self.device)
-        return {"peak_mib": peak - self.before, "process_mib": peak, "peak": kind}
+        return {
+            "peak_mib": peak - memory.code(self.device) - self.before,
+            "process_mib": peak,
+            "peak": kind,
+        }
 
 
 def find(variant: str) -> variants.Variant:

@@ -1,11 +1,13 @@
-"""Races of whole training steps: one live fresh process a variant, single steps in turn, the order rotating.
+"""Races of whole training steps: live fresh processes of each variant, few steps in turn, the order rotating.
 
 A row is one workload, number of threads and allocator. In it each variant is set up in a process of its own, passes
 the gate (:mod:`gate`) or is not timed, and warms up; then all step in turn. A ratio is the median over rounds of a
 step's time to that of the first variant's step in the same round: a neighbour that slows the machine for a while
-slows both. Rounds during which other processes used more than a tenth of a core are repeated while patience lasts;
-the row says how much it was. A slow variant sits some rounds out, to keep within its budget of time. Peak memory is
-taken afterwards, in steps that are not timed. What refuses, fails the gate, dies or hangs is reported with one line.
+slows both. Where a process happens to have its memory decides how many of its pages a step faults in, some tenth of
+its time: variants about as fast as the first have several processes, whose times are taken together. Rounds during
+which other processes used more than a tenth of a core are repeated while patience lasts; the row says how much it
+was. A slow variant sits some rounds out, to keep within its budget of time. Peak memory is taken afterwards, in steps
+that are not timed, the median of processes. What refuses, fails the gate, dies or hangs is reported with one line.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from bench_noise import used_elsewhere
 QUIET = 0.1  # cores that others may use
 BLOCK_S = 1.0  # rounds are judged in blocks of so many seconds at least, as the system counts in hundredths
 FIRST_RECORDS = 32  # an engine may check its first gradients, ours those of so many records: no part of a step's time
+CLOSE = 1.5  # a step of so many of the first variant's is worth several processes
 ROOM = 0.45  # of the machine's memory must be free for another variant to be set up beside those that are
 LARGE = str(2**32)
 MALLOC = {"default": {}, "tuned": {"MALLOC_MMAP_THRESHOLD_": LARGE, "MALLOC_TRIM_THRESHOLD_": LARGE}}
@@ -41,20 +44,22 @@ class Settings:
     """How a row is measured. Times in seconds.
 
     Args:
-        rounds: steps of each variant that are timed.
-        budget: what one variant may take of a row's timed steps; it still has ``fewest`` of them.
+        rounds: steps of each process that are timed.
+        processes: of each variant whose step is no longer than ``CLOSE`` of the first one's.
+        budget: what one process may take of a row's steps; it still has ``fewest`` that are timed.
         patience: how long noisy rounds are repeated.
         limit: the longest that a variant may take for one answer.
         warm_up: steps before the timed ones, at least; more where batches are small (``FIRST_RECORDS``).
         fastdp: a checkout of FastDP.
         device: "cpu" or "cuda".
-        in_a_row: steps that a variant takes in its turn, of which the last is timed: a GPU that changes hands between
-            processes is first made theirs.
+        in_a_row: steps that a process takes in its turn, of which the last is timed: first it makes the caches its own
+            again, or the GPU.
         tf32: whether a GPU may multiply float32 as TF32, by everybody.
         cudnn_benchmark: whether cuDNN tries its algorithms out.
     """
 
-    rounds: int = 15
+    rounds: int = 9
+    processes: int = 3
     budget: float = 15.0
     fewest: int = 5
     patience: float = 120.0
@@ -62,7 +67,7 @@ class Settings:
     warm_up: int = 2
     fastdp: str = ""
     device: str = "cpu"
-    in_a_row: int = 1
+    in_a_row: int = 2
     tf32: bool = False
     cudnn_benchmark: bool = False
 
@@ -140,6 +145,10 @@ class Process:
         return f"the process ended with {code} during {do}" + (f": {lines[-1].strip()}" if lines else "")
 
 
+Racer = tuple[str, int]
+"""A variant's name and the number of its process, from 0."""
+
+
 def measure(workload: str, threads: int, malloc: str, names: list[str], settings: Settings) -> dict[str, Any]:
     """One row: what every variant made of the workload; ``ratio`` is to the first one's step in the same round.
 
@@ -147,40 +156,70 @@ def measure(workload: str, threads: int, malloc: str, names: list[str], settings
     """
     row: dict[str, Any] = {"workload": workload, "threads": threads, "malloc": malloc}
     with ExitStack() as stack:
+
+        def start() -> Process:
+            return stack.enter_context(Process(threads, malloc, settings))
+
         path = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "truth")
-        oracle, *processes = (stack.enter_context(Process(threads, malloc, settings)) for _ in range(1 + len(names)))
+        oracle, *processes = (start() for _ in range(1 + len(names)))
         row |= oracle.ask("find_truth", workload=workload, path=path)
         oracle.process.kill()
         if "refused" in row:
             raise ValueError(row["refused"])
-        racers, results, busy = {}, {}, []
-        for name, process in zip(names, processes, strict=True):
-            results[name] = set_up(process, workload, name, row, path, settings)
-            if results[name]["status"] == "ok":
-                racers[name] = process
+        racers: dict[Racer, Process] = {}
+        results: dict[Racer, dict[str, Any]] = {}
+        busy: list[float] = []
+
+        def enter(name: str, process: Process, number: int = 0) -> None:
+            done = results[name, number] = set_up(process, workload, name, row, path, settings)
+            if done["status"] == "ok":
+                racers[name, number] = process
             else:
                 process.process.kill()
-            if name == names[-1] or (free_memory(settings.device) < ROOM and len(racers) > 1):
+
+        for name, process in zip(names, processes, strict=True):
+            enter(name, process)
+            if _is_close(results[name, 0], results[names[0], 0]):
+                for number in range(1, settings.processes):
+                    enter(name, start(), number)
+            others = [racer for racer in racers if racer[0] != names[0]]
+            if name == names[-1] or (free_memory(settings.device) < ROOM and others):
                 busy.append(heat(racers, results, names[0], settings))
-                for other in [other for other in racers if other != names[0]]:
-                    racers.pop(other).process.kill()
-    for result in results.values():
-        result.pop("seconds", None)
+                for racer in others:
+                    racers.pop(racer).process.kill()
     return {
         **row,
         "rounds": settings.rounds,
         "cores_used_elsewhere": max(busy),
         "heats": len(busy),
-        "variants": results,
+        "variants": {name: pooled([r for (own, _), r in results.items() if own == name]) for name in names},
     }
 
 
-def heat(racers: dict[str, Process], results: dict[str, dict[str, Any]], base: str, settings: Settings) -> float:
+def _is_close(result: dict[str, Any], first: dict[str, Any]) -> bool:
+    both = result["status"] == first["status"] == "ok"
+    return both and result["seconds"] <= CLOSE * first["seconds"]
+
+
+def pooled(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a variant's processes found, as one: the first that did not get through, or all their times together, the
+    median of their memory, and the verdict of the gate on the worst of them."""
+    if lost := [r for r in results if r["status"] != "ok"]:
+        return {k: v for k, v in lost[0].items() if k not in ("seconds", "steps", "ratios")}
+    steps, ratios = ([x for r in results for x in r[what].values()] for what in ("steps", "ratios"))
+    found = {k: v for k, v in max(results, key=lambda r: r.get("error", 0.0)).items() if k not in ("seconds", "steps")}
+    found |= {k: statistics.median(r[k] for r in results) for k in ("peak_mib", "process_mib") if k in found}
+    found |= {"processes": len(results), "times": len(steps), **quantiles(steps)}
+    del found["ratios"]
+    return found | ({"ratio": statistics.median(ratios)} if ratios else {})
+
+
+def heat(racers: dict[Racer, Process], results: dict[Racer, dict[str, Any]], base: str, settings: Settings) -> float:
     """A race of those that are set up, and their memory; returns the cores that others used meanwhile."""
     busy = race(racers, results, base, settings)
-    for name, process in racers.items():
-        if results[name]["status"] == "ok":
-            results[name] |= _answer(process, "measure_memory")
+    for racer, process in racers.items():
+        if results[racer]["status"] == "ok":
+            results[racer] |= _answer(process, "measure_memory")
     return busy
 
 
@@ -223,23 +262,24 @@ def _answer(process: Process, do: str, **request: Any) -> dict[str, Any]:
     return {"status": "ok", **answer}
 
 
-def race(racers: dict[str, Process], results: dict[str, dict[str, Any]], base: str, settings: Settings) -> float:
-    """Time single steps in turn; adds quantiles and ratios to ``results``, returns the cores others used meanwhile."""
-    every = {name: _every(results[name]["seconds"], settings) for name in racers}
-    seconds: dict[str, dict[int, float]] = {name: {} for name in racers}
+def race(racers: dict[Racer, Process], results: dict[Racer, dict[str, Any]], base: str, settings: Settings) -> float:
+    """Time steps in turn; adds to ``results`` each round's seconds and ratio to the process of ``base`` with the same
+    number, or its first. Returns the cores that others used meanwhile."""
+    every = {racer: _every(results[racer]["seconds"], settings) for racer in racers}
+    seconds: dict[Racer, dict[int, float]] = {racer: {} for racer in racers}
     order, turn, give_up, used, lasted = list(racers), 0, time.monotonic() + settings.patience, 0.0, 0.0
     while turn < settings.rounds and order:
         start, before, first = time.monotonic(), _used_by_others(racers), turn
-        block: dict[str, dict[int, float]] = {name: {} for name in racers}
+        block: dict[Racer, dict[int, float]] = {racer: {} for racer in racers}
         while turn < settings.rounds and (turn == first or time.monotonic() - start < BLOCK_S):
             order = order[1:] + order[:1]
-            for name in [name for name in order if turn % every[name] == 0]:
-                answer = _answer(racers[name], "step", times=settings.in_a_row)
+            for racer in [racer for racer in order if turn % every[racer] == 0]:
+                answer = _answer(racers[racer], "step", times=settings.in_a_row)
                 if answer["status"] == "ok":
-                    block[name][turn] = answer["seconds"]
+                    block[racer][turn] = answer["seconds"]
                 else:
-                    results[name] |= answer
-                    order.remove(name)
+                    results[racer] |= answer
+                    order.remove(racer)
             turn += 1
         length = time.monotonic() - start
         others = max(0.0, _used_by_others(racers) - before)
@@ -247,24 +287,23 @@ def race(racers: dict[str, Process], results: dict[str, dict[str, Any]], base: s
             turn = first  # again
             continue
         used, lasted = used + others, lasted + length
-        for name, times in block.items():
-            seconds[name] |= times
-    for name, times in seconds.items():
-        if results[name]["status"] == "ok":
-            results[name] |= {"times": len(times), **quantiles(list(times.values()))}
-            if ratios := [time / seconds[base][turn] for turn, time in times.items() if turn in seconds[base]]:
-                results[name]["ratio"] = statistics.median(ratios)
+        for racer, times in block.items():
+            seconds[racer] |= times
+    for racer, times in seconds.items():
+        beside = seconds.get((base, racer[1])) or seconds.get((base, 0), {})
+        ratios = {turn: time / beside[turn] for turn, time in times.items() if turn in beside}
+        results[racer] |= {"steps": times, "ratios": ratios}
     return round(used / lasted, 2) if lasted else 0.0
 
 
 def _every(step: float, settings: Settings) -> int:
-    """A variant whose step takes so long takes part in every so-many-th round."""
-    wanted = int(settings.budget / max(step, 1e-9))
+    """A process whose steps take so long takes part in every so-many-th round."""
+    wanted = int(settings.budget / max(step * settings.in_a_row, 1e-9))
     times = min(settings.rounds, max(settings.fewest, wanted))
     return max(1, settings.rounds // times)
 
 
-def _used_by_others(racers: dict[str, Process]) -> float:
+def _used_by_others(racers: dict[Racer, Process]) -> float:
     return used_elsewhere() - sum(process.processor_time() for process in racers.values())
 
 

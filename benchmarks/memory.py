@@ -33,6 +33,11 @@ def resident(device: str = "cpu") -> float:
     return _status("VmRSS") if STATUS.exists() else _most_so_far()
 
 
+def code(device: str = "cpu") -> float:
+    """MiB of :func:`resident` that are files, libraries' code above all, where the system tells them apart."""
+    return _status("RssFile") if device != "cuda" and STATUS.exists() else 0.0
+
+
 def taken_by(call: Callable[[], object], device: str) -> float:
     """The most MiB that one call takes above what was in use."""
     give_back()

@@ -26,7 +26,8 @@ from dp2vae_fast.engine.products import LinearProduct
 from dp2vae_fast.ops import _op
 
 TINY = "W1-decoder@6"
-QUICK = Settings(rounds=2, fewest=1, patience=0.0, warm_up=1, limit=60.0)
+ONE = Settings(rounds=3, processes=1, fewest=3, patience=0.0)
+QUICK = Settings(rounds=2, processes=1, fewest=1, patience=0.0, warm_up=1, limit=60.0)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ class Actor:
 def test_what_does_not_fit_together_races_in_heats(monkeypatch, free, heats):
     monkeypatch.setattr(harness, "Process", Actor)
     monkeypatch.setattr(harness, "free_memory", lambda device: free)
-    row = measure(TINY, 1, "default", ["base", "one", "two"], Settings(rounds=3, fewest=3, patience=0.0))
+    row = measure(TINY, 1, "default", ["base", "one", "two"], ONE)
     assert row["heats"] == heats
     assert [result["times"] for result in row["variants"].values()] == [3, 3, 3]
     expected = [1.0, 1.0, 1.0 if heats == 1 else 3 / 6]  # the base has taken three steps more by then
@@ -151,13 +152,52 @@ def test_what_does_not_fit_together_races_in_heats(monkeypatch, free, heats):
 
 def test_a_ratio_is_of_steps_beside_each_other(monkeypatch):
     weather = [1.0, 1.0, 1.0, 5.0, 6.0, 7.0]  # a neighbour comes
-    racers, seconds = {"base": Actor(), "slow": Actor()}, {"base": iter(weather), "slow": iter(weather[::2])}
+    base, slow = ("base", 0), ("slow", 0)
+    racers, seconds = {base: Actor(), slow: Actor()}, {base: iter(weather), slow: iter(weather[::2])}
     for (name, actor), speed in zip(racers.items(), (1.0, 1.5), strict=True):
         monkeypatch.setattr(actor, "ask", lambda do, n=name, s=speed, **_: {"seconds": s * next(seconds[n])})
-    results = {"base": {"status": "ok", "seconds": 0.1}, "slow": {"status": "ok", "seconds": 2.0}}
-    harness.race(racers, results, "base", Settings(rounds=6, budget=6.0, fewest=3, patience=0.0))
-    assert (results["base"]["times"], results["slow"]["times"]) == (6, 3)
-    assert (results["base"]["ratio"], results["slow"]["ratio"]) == pytest.approx((1.0, 1.5))
+    results = {base: {"status": "ok", "seconds": 0.1}, slow: {"status": "ok", "seconds": 2.0}}
+    harness.race(racers, results, "base", Settings(rounds=6, budget=12.0, fewest=3, patience=0.0))
+    found = [harness.pooled([results[racer]]) for racer in (base, slow)]
+    assert [result["times"] for result in found] == [6, 3]
+    assert [result["ratio"] for result in found] == pytest.approx([1.0, 1.5])
+
+
+def test_processes_of_a_variant_are_taken_together(monkeypatch):
+    """Three of what is about as fast as the first, in one of which every step takes longer, and the memory more."""
+
+    class Actor2(Actor):
+        started = 0
+
+        def __init__(self, *_):
+            super().__init__()
+            Actor2.started += 1
+            self.variant, self.slower = "", 1 + (Actor2.started > 4)  # those after the oracle and three variants
+
+        def ask(self, do, **request):
+            self.variant = request.get("variant", self.variant)
+            speed = {"base": 1.0, "near": 1.2, "far": 5.0}.get(self.variant, 0.0)
+            return {
+                "find_truth": {"max_grad_norm": 1.0, "batch": 64},
+                "check": {"wrong": False, "error": 0.1 * self.slower},
+                "step": {"seconds": speed * (self.slower if self.variant == "near" else 1)},
+            }.get(do, {"peak_mib": 100.0 * self.slower, "process_mib": 1.0})
+
+    monkeypatch.setattr(harness, "Process", Actor2)
+    monkeypatch.setattr(harness, "free_memory", lambda device: 1.0)
+    row = measure(TINY, 1, "default", ["base", "near", "far"], Settings(rounds=4, patience=0.0, budget=1e3))
+    base, near, far = row["variants"].values()
+    assert [r["processes"] for r in (base, near, far)] == [3, 3, 1] and Actor2.started == 1 + 3 + 2 + 2
+    assert [r["times"] for r in (base, near, far)] == [12, 12, 4]
+    assert near["ratio"] == pytest.approx(2.4) and near["p20_ms"] == pytest.approx(1200)
+    assert near["peak_mib"] == 200 and near["error"] == pytest.approx(0.2) and far["ratio"] == pytest.approx(5.0)
+
+
+def test_a_variant_of_which_one_process_fails_has_failed():
+    fine = {"status": "ok", "seconds": 1.0, "steps": {0: 1.0, 1: 3.0}, "ratios": {0: 1.0}}
+    assert harness.pooled([fine])["p50_ms"] == 2000 and "steps" not in harness.pooled([fine])
+    lost = {**fine, "status": "failed", "why": "no answer to step in 1 s"}
+    assert harness.pooled([fine, lost]) == {"status": "failed", "why": "no answer to step in 1 s"}
 
 
 def test_a_variant_that_hangs_is_given_up_and_ended(monkeypatch):

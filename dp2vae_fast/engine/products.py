@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops.gradient import RECORDS_PER_PART
 from .cost import Cost, Method
 from .gradients import Gradient, Kept, random_like, rounded_down
 
@@ -91,14 +92,18 @@ class LinearProduct(_Product):
         return Kept(values, (norms[0], norms[1]))
 
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        factors = rounded_down(factors, self.activations, self.backprops)
         one_position = self.activations.shape[1] == 1
-        if one_position or dtype == torch.float64:
+        # With one position, a single part of a sum over records is a single product of the vendor library's.
+        own = self.records > RECORDS_PER_PART if one_position else dtype == torch.float64
+        if own:
             weighted_sum = ops.outer_weighted_sum if one_position else ops.linear_weighted_sum
-            factors = rounded_down(factors, self.activations, self.backprops)
             return weighted_sum(self.activations, self.backprops, factors)
-        activations, backprops = _zeroed(factors, self.activations, self.backprops)
-        backprops = _scaled(backprops, factors).flatten(0, 1)
-        return backprops.T @ activations.flatten(0, 1).to(backprops.dtype)
+        operands = [x.to(factors.dtype) for x in _zeroed(factors, self.activations, self.backprops)]
+        narrow = int(operands[1].shape[2] < operands[0].shape[2])
+        operands[narrow] = _scaled(operands[narrow], factors)
+        activations, backprops = (x.flatten(0, 1) for x in operands)
+        return backprops.T @ activations
 
     def in_float64(self, records: Tensor) -> LinearProduct:
         return LinearProduct(self.activations[records].double(), self.backprops[records].double())
