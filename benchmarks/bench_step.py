@@ -30,7 +30,8 @@ SHORT = {
     "threads": [1],
     "malloc": ["default"],
 }
-SHORT_SETTINGS = {"rounds": 5, "processes": 1, "fewest": 3, "budget": 8.0, "patience": 5.0, "warm_up": 1}
+SHORT_SETTINGS = {"rounds": 5, "processes": 1, "in_a_row": 1, "fewest": 3, "budget": 8.0}
+SHORT_SETTINGS |= {"patience": 5.0, "warm_up": 1}
 LONG = {
     "workloads": workloads.PRESETS,
     "variants": variants.ON_CPU,
