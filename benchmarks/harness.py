@@ -145,6 +145,7 @@ class Process:
         return f"the process ended with {code} during {do}" + (f": {lines[-1].strip()}" if lines else "")
 
 
+WHILE_RACING = ("seconds", "steps", "ratios")  # what a process's result holds beside what is recorded
 Racer = tuple[str, int]
 """A variant's name and the number of its process, from 0."""
 
@@ -204,13 +205,14 @@ def _is_close(result: dict[str, Any], first: dict[str, Any]) -> bool:
 def pooled(results: list[dict[str, Any]]) -> dict[str, Any]:
     """What a variant's processes found, as one: the first that did not get through, or all their times together, the
     median of their memory, and the verdict of the gate on the worst of them."""
-    if lost := [r for r in results if r["status"] != "ok"]:
-        return {k: v for k, v in lost[0].items() if k not in ("seconds", "steps", "ratios")}
-    steps, ratios = ([x for r in results for x in r[what].values()] for what in ("steps", "ratios"))
-    found = {k: v for k, v in max(results, key=lambda r: r.get("error", 0.0)).items() if k not in ("seconds", "steps")}
+    lost = next((r for r in results if r["status"] != "ok"), None)
+    shown = lost or max(results, key=lambda r: r.get("error", 0.0))
+    found = {k: v for k, v in shown.items() if k not in WHILE_RACING}
+    if lost:
+        return found
     found |= {k: statistics.median(r[k] for r in results) for k in ("peak_mib", "process_mib") if k in found}
+    steps, ratios = ([x for r in results for x in r[what].values()] for what in ("steps", "ratios"))
     found |= {"processes": len(results), "times": len(steps), **quantiles(steps)}
-    del found["ratios"]
     return found | ({"ratio": statistics.median(ratios)} if ratios else {})
 
 
