@@ -36,7 +36,7 @@ def least(gradient: Gradient) -> float:
     """Seconds that the norms of a parameter's gradients take at least, beside the plain step's work."""
     if isinstance(gradient, Kept):  # of biases and norm layers: a small part of the sums that the plain step forms
         return 0.0
-    cost, records = gradient.cost(), gradient.records
+    cost, records = gradient.cost, gradient.records
     if cost.positions == 1:
         return copying(records * cost.operands)
     formed = records * cost.positions * cost.numbers

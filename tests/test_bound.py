@@ -4,6 +4,7 @@ their product in float64."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,13 +46,11 @@ def realised(gradients: list[Gradient], factors: Tensor) -> Tensor:
     follows is exact to float64."""
     total = torch.zeros(RECORDS, dtype=torch.float64)
     for gradient in gradients:
-        fields = dict(vars(gradient))
-        for key in OPERANDS:
-            if key in fields:
-                x = ops.widen(fields[key])
-                scaled = x * factors.reshape(-1, *[1] * (x.dim() - 1)) if key != "activations" else x
-                fields[key] = scaled.double()
-        total += type(gradient)(**fields).grad_sample().flatten(1).square().sum(1)
+        operands = {key: ops.widen(x) for key, x in vars(gradient).items() if key in OPERANDS}
+        for key, x in operands.items():
+            scaled = x * factors.reshape(-1, *[1] * (x.dim() - 1)) if key != "activations" else x
+            operands[key] = scaled.double()
+        total += replace(gradient, **operands).grad_sample().flatten(1).square().sum(1)
     return total.sqrt()
 
 

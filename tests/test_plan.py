@@ -78,7 +78,7 @@ def test_memory_overhead_of_what_is_known():
     a = LinearProduct(torch.zeros(2, 4, 8), torch.zeros(2, 4, 8))
     plan = Plan(forced={"x": "kept", "y": "gram"})
     plan.prepare([("x", a), ("y", a)])
-    assert plan.choices["x"].held == a.cost().operands == 256
+    assert plan.choices["x"].held == a.cost.operands == 256
     assert memory_overhead(list(plan.choices.values())) == 1.0
     wide = LinearProduct(torch.zeros(2, 4, 16), torch.zeros(2, 4, 16))
     plan.prepare([("x", wide), ("y", a)])

@@ -50,7 +50,7 @@ def exact_sum(gradient: Gradient, factors: Tensor) -> Tensor:
 
 def magnitudes(gradient: Gradient) -> Gradient:
     return type(gradient)(
-        **{k: v.abs() if isinstance(v, Tensor) else v for k, v in vars(gradient).items() if k != "norms"}
+        **{k: v.abs() if isinstance(v, Tensor) else v for k, v in vars(gradient).items() if k not in ("norms", "cost")}
     )
 
 
@@ -58,7 +58,7 @@ def assert_near(found: Tensor, gradient: Gradient, factors: Tensor) -> None:
     """Each term passes through the roundings of its product, the one with its factor, and those of the sum: of each
     number the part that norms and ``sum_rounding`` count."""
     exact, lengths = exact_sum(gradient, factors), exact_sum(magnitudes(gradient), factors.abs())
-    depth = 0 if isinstance(gradient, Kept) else norm_ops.product_depth(gradient.cost().positions, found.device)
+    depth = 0 if isinstance(gradient, Kept) else norm_ops.product_depth(gradient.cost.positions, found.device)
     assert found.dtype == torch.float32 and found.shape == exact.shape
     assert bool(
         ((found.double() - exact).abs() <= 1.01 * (depth + 1 + RECORDS_PER_PART + 4) * 2.0**-24 * lengths).all()
@@ -119,7 +119,11 @@ def on_device(product: ConvProduct) -> ConvProduct:
 def rows_of(gradient: Gradient, rows: Tensor) -> Gradient:
     """Some of the records, in that order."""
     return type(gradient)(
-        **{k: v[rows.to(DEVICE)] if isinstance(v, Tensor) else v for k, v in vars(gradient).items() if k != "norms"}
+        **{
+            k: v[rows.to(DEVICE)] if isinstance(v, Tensor) else v
+            for k, v in vars(gradient).items()
+            if k not in ("norms", "cost")
+        }
     )
 
 

@@ -47,15 +47,15 @@ def bounded_norms(
     for row, gradient in enumerate(gradients):
         # What has one position is multiplied in float32 after all, with operands rounded as its error says; and what is
         # formed is longer than the exact gradient by more than its own small error says.
-        if gradient.formed or gradient.cost().positions == 1:
+        if gradient.formed or gradient.cost.positions == 1:
             continue
         again = (loose & (error[row] > _LOOSE / len(gradients) * total)).nonzero().flatten()
-        for records in again.split(max(1, _GRAM_NUMBERS // gradient.cost().positions ** 2)) if len(again) else ():
+        for records in again.split(max(1, _GRAM_NUMBERS // gradient.cost.positions**2)) if len(again) else ():
             exact, exact_error = gradient.in_float64(records).norm_sq()
             rough = error[row, records].double()
             # What will be added up is multiplied in float32, and may be longer than the exact gradient by that; `rough`
             # counted the roundings of the product, and of its operands, twice.
-            longer = (0.5 * product_error(gradient.cost().positions, norm_sq) * rough).sqrt()
+            longer = (0.5 * product_error(gradient.cost.positions, norm_sq) * rough).sqrt()
             bound = exact_error + 2.0**-23 * exact + longer * (2 * exact.sqrt() + longer)
             error[row, records] = torch.maximum(STILL_COUNTED * rough, bound).to(dtype)
             norm_sq[row, records] = exact.to(dtype)

@@ -6,14 +6,13 @@ The model is a straight line through few figures of one core; it has to order th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 Method = Literal["gram", "direct", "kept"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """Sizes of one record's gradient: a sum over ``positions`` of products of ``inputs`` by ``outputs`` numbers.
 
     Attributes:

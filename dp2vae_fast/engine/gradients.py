@@ -8,6 +8,7 @@ hand, so that the gradient of a record need never exist.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -69,6 +70,7 @@ class Gradient(Protocol):
         """The same, with norms taken by forming each gradient and forgetting it."""
         ...
 
+    @cached_property
     def cost(self) -> Cost:
         """What the planner weighs: the sizes of this gradient."""
         ...
@@ -121,7 +123,9 @@ class Kept:
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         values, factors = self.grad_sample(), rounded_down(factors, self.values)
         if values.is_contiguous():
-            flat = values if values.dim() == 2 else values.reshape(self.records, values.shape[1:].numel())
+            if values.dim() == 2:
+                return ops.kept_weighted_sum(values, factors)
+            flat = values.reshape(self.records, values.shape[1:].numel())
             return ops.kept_weighted_sum(flat, factors).view(values.shape[1:])
         like = values[0]
         order = ops.memory_order(like)  # convolutions keep channels last
@@ -149,6 +153,7 @@ class Kept:
     def directly(self) -> Kept:
         return self
 
+    @cached_property
     def cost(self) -> Cost:
         return Cost(1, self.values.shape[1:].numel(), 1)
 

@@ -113,7 +113,8 @@ class DPOptimizer(OpacusDPOptimizer):
     def accumulated_iterations(self) -> int:
         """Batches of records (not physical batches) since the last step, one whose gradients are still captured
         included; 1 where there is none."""
-        return max(1, self._batches + self._replayed + self.capture.holds(self.params))
+        captured = self.capture.records is not None and self.capture.holds(self.params)
+        return max(1, self._batches + self._replayed + captured)
 
     def sensitivity(self) -> float:
         """How far adding or removing one record can move the sum that the noise is added to, in Euclidean norm.
@@ -123,11 +124,10 @@ class DPOptimizer(OpacusDPOptimizer):
         ``max_grad_norm`` between physical batches.
         """
         bound = max(self._bound, self.clipping.sensitivity(self.max_grad_norm))
-        params = self.params
-        exact = all(p.dtype == torch.float64 for p in params)
-        dtype = torch.float64 if exact else torch.float32
+        kinds = {(p.dtype, p.device) for p in self.params}
+        dtype = torch.float64 if all(dtype == torch.float64 for dtype, _ in kinds) else torch.float32
         largest = self.largest_batch * self.accumulated_iterations
-        roundings = max((roundings_on(device) for device in {p.device for p in params}), default=1)
+        roundings = max((roundings_on(device) for _, device in kinds), default=1)
         return bound * (1.0 + sum_rounding(self._expected_records, dtype, largest, roundings))
 
     @property
@@ -303,12 +303,8 @@ class DPOptimizer(OpacusDPOptimizer):
             return self.original_optimizer.step() if self.pre_step() else None  # type: ignore[func-returns-value]
         if self._begin_step():
             with self._all_or_nothing():
-                self.update.step(
-                    dict(zip(self.params, self._pending_sums(), strict=True)),
-                    stream=self.stream,
-                    std=self._noise_std(),
-                    scale=self._scale(),
-                )
+                std, scale = self._noise_std(), self._scale()
+                self.update.step(self._pending_sums(), stream=self.stream, std=std, scale=scale)
                 self._end_step()
         return None
 
@@ -427,5 +423,5 @@ def _laid_out(total: Tensor | None, parameter: Tensor) -> Tensor:
     if total is None:
         return torch.zeros_like(parameter, dtype=dtype)
     if total.stride() == parameter.stride():
-        return total.to(dtype)
+        return total if total.dtype == dtype else total.to(dtype)
     return torch.empty_like(parameter, dtype=dtype).copy_(total)

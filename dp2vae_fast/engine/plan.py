@@ -82,7 +82,7 @@ class Plan:
 
     def prepare(self, gradients: Sequence[tuple[str, Gradient]]) -> None:
         """Choose for the gradients of one backward pass, in its order, where any of them is new."""
-        keyed = [(name, g, g.cost()) for name, g in gradients if not isinstance(g, Kept)]
+        keyed = [(name, g, g.cost) for name, g in gradients if not isinstance(g, Kept)]
         if all((name, cost) in self._settled for name, _, cost in keyed):
             return
         choices = [self._settled.get((name, cost)) or self._candidate(name, g, cost) for name, g, cost in keyed]
@@ -93,7 +93,7 @@ class Plan:
         """``gradient`` in the form chosen for it."""
         if isinstance(gradient, Kept):
             return gradient
-        key = parameter, gradient.cost()
+        key = parameter, gradient.cost
         if key not in self._settled:
             self.prepare([(parameter, gradient)])
         method = self._settled[key].method
@@ -103,7 +103,7 @@ class Plan:
         """The gradient kept, where that has been chosen already, so that its operands can go."""
         if isinstance(gradient, Kept):
             return gradient
-        choice = self._settled.get((parameter, gradient.cost()))
+        choice = self._settled.get((parameter, gradient.cost))
         return gradient.kept() if choice is not None and choice.method == "kept" else gradient
 
     def _candidate(self, parameter: str, gradient: Gradient, cost: Cost) -> Choice:

@@ -27,7 +27,7 @@ def full_precision(tensors: Iterable[Tensor]) -> ExitStack:
     """Context without autocast on the devices of ``tensors``: norms and sums keep float32 wherever the user's loop
     stands."""
     stack = ExitStack()
-    for kind in {x.device.type for x in tensors}:
+    for kind in {"cpu" if x.is_cpu else x.device.type for x in tensors}:
         if torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
     return stack

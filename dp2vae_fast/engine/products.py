@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,6 +115,7 @@ class LinearProduct(_Product):
     def ways(self) -> tuple[Method, ...]:
         return ("gram", "direct", "kept") if self.activations.shape[1] > 1 else ("gram", "kept")
 
+    @cached_property
     def cost(self) -> Cost:
         (_, t, d), p = self.activations.shape, self.backprops.shape[2]
         return Cost(t, d, p, t * t * (d + p) if t > 1 else d + p, _bytes(self.activations), _bytes(self.backprops))
@@ -174,6 +176,7 @@ class ConvProduct(_Product):
     def ways(self) -> tuple[Method, ...]:
         return ("gram", "direct", "kept")
 
+    @cached_property
     def cost(self) -> Cost:
         g = self.geometry
         plain, spread = (self.activations, self.backprops) if g.transposed else (self.backprops, self.activations)
@@ -244,6 +247,7 @@ class EmbeddingProduct:
     def directly(self) -> EmbeddingProduct:
         return self
 
+    @cached_property
     def cost(self) -> Cost:
         (_, t, d) = self.backprops.shape
         return Cost(t, self.entries, d, t * t * d, _bytes(self.indices), _bytes(self.backprops))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,21 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .. import ops
 from .keystream import Stream
+
+
+class _Member(NamedTuple):
+    """A parameter, its state in the optimizer, its sum (lying in memory as it does), and its place in the optimizer."""
+
+    parameter: Tensor
+    state: dict[str, Any]
+    total: Tensor
+    index: int
+
+    def moment(self, key: str) -> Tensor:
+        """State tensor ``key`` as it lies, created as zeros where the optimizer has none yet."""
+        if self.state.get(key) is None:
+            self.state[key] = torch.zeros_like(self.parameter, memory_format=torch.preserve_format)
+        return ops.lying(self.state[key], self.parameter)
 
 
 class FusedUpdate(ABC):
@@ -39,59 +55,51 @@ class FusedUpdate(ABC):
         """False while hooks on the inner optimizer's ``step`` wait to be called."""
         return not (self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks)
 
-    def step(self, sums: dict[Tensor, Tensor], *, stream: Stream, std: float, scale: float) -> None:
-        """Consume one noise step of ``stream`` for all parameters; the index of a parameter is its place in the
-        optimizer."""
-        step, first = stream.next_step(), 0
+    def step(self, sums: Sequence[Tensor], *, stream: Stream, std: float, scale: float) -> None:
+        """Consume one noise step of ``stream`` for all trainable parameters, which ``sums`` are of, in the optimizer's
+        order; the index of a parameter is its place in the optimizer."""
+        step, index, totals = stream.next_step(), 0, iter(sums)
         for group in self.optimizer.param_groups:
-            every = group["params"]
-            by_age: dict[int, list[int]] = {}  # a parameter unfrozen later is behind the others
-            for i, p in enumerate(every):
+            by_age: dict[int, list[_Member]] = {}  # a parameter unfrozen later is behind the others
+            for p in group["params"]:
                 if p.requires_grad:
-                    by_age.setdefault(self._age(p), []).append(i)
+                    state = self.optimizer.state[p]
+                    member = _Member(p, state, ops.lying(next(totals), p), index)
+                    by_age.setdefault(self._age(state), []).append(member)
+                index += 1
             for members in by_age.values():
-                params = [every[i] for i in members]
+                device = members[0].parameter.device
                 self._update(
                     group,
-                    params,
-                    [ops.lying(sums[p], p) for p in params],
-                    key=stream.key_tensor(params[0].device),
-                    step=torch.tensor(step, device=params[0].device),
+                    members,
+                    key=stream.key_tensor(device),
+                    step=torch.tensor(step, device=device),
                     mechanism=stream.mechanism,
-                    indices=[first + i for i in members],
+                    indices=[m.index for m in members],
                     std=std,
                     scale=scale,
                 )
-            first += len(every)
 
     @abstractmethod
-    def _age(self, parameter: Tensor) -> int:
+    def _age(self, state: dict[str, Any]) -> int:
         """What tells apart parameters that one call of :meth:`_update` cannot take together."""
 
     @abstractmethod
-    def _update(self, group: dict[str, Any], params: list[Tensor], sums: list[Tensor], **noise: Any) -> None:
-        """One call of the op. Its arguments are views in the parameters' order in memory, ``sums`` already."""
-
-    def _states(self, params: list[Tensor], key: str) -> list[Tensor]:
-        """State tensors ``key`` of ``params`` as they lie, created as zeros where the optimizer has none yet."""
-        states = [self.optimizer.state[p] for p in params]
-        for p, state in zip(params, states, strict=True):
-            if state.get(key) is None:
-                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return [ops.lying(state[key], p) for p, state in zip(params, states, strict=True)]
+    def _update(self, group: dict[str, Any], members: list[_Member], **noise: Any) -> None:
+        """One call of the op. Its arguments are views in the parameters' order in memory."""
 
 
 class _FusedSGD(FusedUpdate):
-    def _age(self, parameter: Tensor) -> int:
-        return int(self.optimizer.state[parameter].get("momentum_buffer") is not None)
+    def _age(self, state: dict[str, Any]) -> int:
+        return int(state.get("momentum_buffer") is not None)
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], sums: list[Tensor], **noise: Any) -> None:
+    def _update(self, group: dict[str, Any], members: list[_Member], **noise: Any) -> None:
         momentum = group["momentum"]
-        first_step = momentum != 0 and self.optimizer.state[params[0]].get("momentum_buffer") is None
+        first_step = momentum != 0 and members[0].state.get("momentum_buffer") is None
         ops.noise_sgd_(
-            [ops.lying(p) for p in params],
-            sums,
-            self._states(params, "momentum_buffer") if momentum != 0 else [],
+            [ops.lying(m.parameter) for m in members],
+            [m.total for m in members],
+            [m.moment("momentum_buffer") for m in members] if momentum != 0 else [],
             lr=float(group["lr"]),
             momentum=momentum,
             dampening=group["dampening"],
@@ -104,22 +112,21 @@ class _FusedSGD(FusedUpdate):
 
 
 class _FusedAdam(FusedUpdate):
-    def _age(self, parameter: Tensor) -> int:
-        return int(self.optimizer.state[parameter].get("step", 0))
+    def _age(self, state: dict[str, Any]) -> int:
+        return int(state.get("step", 0))
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], sums: list[Tensor], **noise: Any) -> None:
-        states = [self.optimizer.state[p] for p in params]
-        for state in states:
-            if "step" not in state:
-                state["step"] = torch.tensor(0.0, dtype=torch.get_default_dtype())
-        torch._foreach_add_([state["step"] for state in states], 1)  # type: ignore[attr-defined]
+    def _update(self, group: dict[str, Any], members: list[_Member], **noise: Any) -> None:
+        for m in members:
+            if "step" not in m.state:
+                m.state["step"] = torch.tensor(0.0, dtype=torch.get_default_dtype())
+        torch._foreach_add_([m.state["step"] for m in members], 1)  # type: ignore[attr-defined]
         ops.noise_adam_(
-            [ops.lying(p) for p in params],
-            sums,
-            self._states(params, "exp_avg"),
-            self._states(params, "exp_avg_sq"),
-            self._states(params, "max_exp_avg_sq") if group["amsgrad"] else [],
-            optimizer_step=int(states[0]["step"]),
+            [ops.lying(m.parameter) for m in members],
+            [m.total for m in members],
+            [m.moment("exp_avg") for m in members],
+            [m.moment("exp_avg_sq") for m in members],
+            [m.moment("max_exp_avg_sq") for m in members] if group["amsgrad"] else [],
+            optimizer_step=int(members[0].state["step"]),
             lr=float(group["lr"]),
             beta1=float(group["betas"][0]),
             beta2=float(group["betas"][1]),

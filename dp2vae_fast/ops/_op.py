@@ -29,7 +29,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -185,7 +184,7 @@ class Op(Generic[R]):
 
     def _gap(self, name: str, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Why backend `name` cannot run this call on `device`; the empty string where it can."""
-        if gap := self.missing(name):
+        if name not in self._implementations and (gap := self.missing(name)):
             return gap
         if device != _DEVICE.get(name, device):
             return f"it runs on {_DEVICE[name]} tensors only, these are on {device}"
@@ -239,11 +238,11 @@ def backends_table() -> list[BackendRow]:
 
 def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Device type of the first tensor among the arguments, lists included."""
-    for argument in chain(args, kwargs.values()):
-        if isinstance(argument, list | tuple):
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, (list, tuple)):
             argument = argument[0] if argument else None
         if isinstance(argument, Tensor):
-            return argument.device.type
+            return "cpu" if argument.is_cpu else argument.device.type
     return "cpu"
 
 

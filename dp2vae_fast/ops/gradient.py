@@ -51,7 +51,7 @@ def _direct_norms(values: Tensor, reach: Tensor, positions: int, dtype: torch.dt
 
 def result_dtype(*operands: Tensor) -> torch.dtype:
     """That of gradients and sums of these operands: float32, or float64 where one of them is."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
+    return torch.float64 if torch.float64 in [x.dtype for x in operands] else torch.float32
 
 
 @op(native=native_product)

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ._op import op
 
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 _ROUNDOFF = {"bf16": 2.0**-8, "tf32": 2.0**-11}
 # Ratio by which `error` exceeds the first-order bound: covers the rounding of the error term itself, whose own
 # relative error is far below one per cent at any length for which the bound is of use.
@@ -68,9 +69,9 @@ def product_error(positions: int, like: Tensor) -> float:
 
 def native_convolution(activations: Tensor, backprops: Tensor, *_: object) -> bool | str:
     """Whether the C++ kernels of products take these operands; if not, why not."""
-    if not all(x.dtype in (torch.float32, torch.bfloat16) for x in (activations, backprops)):
+    if activations.dtype not in _NATIVE_DTYPES or backprops.dtype not in _NATIVE_DTYPES:
         return "the kernels take float32 and bfloat16"
-    if 0 in (*activations.shape[1:], *backprops.shape[1:]):
+    if 0 in activations.shape[1:] or 0 in backprops.shape[1:]:
         return "an operand is empty"
     return True
 
@@ -85,12 +86,11 @@ def native_product(activations: Tensor, backprops: Tensor, *_: object) -> bool |
 def _native_norms(activations: Tensor, backprops: Tensor) -> bool | str:
     """The same for norms. Gradients of one position that are kept, and their sums on a GPU, are the vendor library's
     products, whose rounding of operands the reference counts."""
-    if activations.shape[1] != 1 or 0 in (activations.shape[2], backprops.shape[2]):
-        return native_product(activations, backprops)
-    plain = all(x.dtype == torch.float32 and x.stride(2) == 1 for x in (activations, backprops))
-    return (
-        plain and operand_roundoff(activations) == 0.0
-    ) or "of one position it takes float32 rows, which products do not round"
+    if activations.shape[1] != 1:
+        return native_convolution(activations, backprops)
+    rows = activations.stride(2) == backprops.stride(2) == 1 and 0 not in (activations.shape[2], backprops.shape[2])
+    plain = activations.dtype == backprops.dtype == torch.float32 and rows and operand_roundoff(activations) == 0.0
+    return plain or "of one position it takes float32 rows, which products do not round"
 
 
 def operand_roundoff(like: Tensor) -> float:
@@ -106,7 +106,7 @@ def operand_roundoff(like: Tensor) -> float:
     products = (
         (backends.cuda.matmul, backends.cudnn.conv) if like.is_cuda else (backends.mkldnn.matmul, backends.mkldnn.conv)
     )
-    return max(_ROUNDOFF.get(str(product.fp32_precision), 0.0) for product in products)
+    return max([_ROUNDOFF.get(product.fp32_precision, 0.0) for product in products])
 
 
 def _gamma(length: int, like: Tensor) -> float:
