@@ -177,6 +177,7 @@ def privatized(problem: Problem, bound: float, **options: Any) -> tuple[Adam, An
         max_grad_norm=bound,
         sample_rate=0.01,
         expected_batch_size=problem.batch,
+        loss_reduction="sum",
         **options,
     )
     return inner, module, optimizer

@@ -38,6 +38,7 @@ def privatized(model: nn.Module, expected_batch_size: int) -> tuple[nn.Module, A
         max_grad_norm=BOUND,
         sample_rate=0.1,
         expected_batch_size=expected_batch_size,
+        loss_reduction="sum",
     )
 
 

@@ -27,7 +27,9 @@ def model_and_batch() -> tuple[nn.Module, Tensor]:
 
 
 def privatize(model: nn.Module, **kwargs):
-    settings = dict(noise_multiplier=0.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=N)
+    settings = dict(
+        noise_multiplier=0.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=N, loss_reduction="sum"
+    )
     return PrivacyEngine().privatize(model, torch.optim.SGD(model.parameters(), lr=1.0), **(settings | kwargs))
 
 
@@ -142,6 +144,7 @@ def test_automatic_clipping_never_exceeds_its_bound():
         expected_batch_size=1,
         clipping="automatic",
         stability=1e-30,
+        loss_reduction="sum",
     )[1]
     factors = privatized.clipping.factors({0: Kept(values)}, 1.0)[0]
     norms = (factors.unsqueeze(1) * values).double().norm(dim=1)
@@ -196,6 +199,7 @@ def test_the_step_as_a_whole_has_the_noise_multiplier_that_is_accounted():
         min_clipbound=0.5,
         max_clipbound=2.5,
         clipbound_learning_rate=10.0,
+        loss_reduction="sum",
     )
     std = optimizer._noise_std()
     assert (optimizer.sensitivity() / std) ** 2 + (0.5 / 0.9) ** 2 == pytest.approx(1.3**-2, rel=1e-12)

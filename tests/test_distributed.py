@@ -59,7 +59,9 @@ def private(rank: int | None, model: nn.Module, *, engine: PrivacyEngine | None 
     loader = settings.pop("data_loader", None) or data(next(model.parameters()).dtype)
     common: dict[str, Any] = dict(noise_multiplier=0.0, max_grad_norm=0.3) | settings
     engine = engine or PrivacyEngine(accountant="rdp")
-    return engine.make_private(module=model, optimizer=make(model.parameters()), data_loader=loader, **common)
+    parts = engine.make_private(module=model, optimizer=make(model.parameters()), data_loader=loader, **common)
+    parts[1].draws_in_step = False  # some tests step on batches of their own
+    return parts
 
 
 def parameters(model: nn.Module) -> list[Tensor]:
@@ -300,6 +302,7 @@ def own_loop(rank: int) -> tuple[list[Tensor], list]:
         max_grad_norm=1.0,
         sample_rate=0.1,
         expected_batch_size=4,
+        loss_reduction="sum",
     )
     for _ in range(2):
         backward(model, records()[rank::SIZE], "sum")

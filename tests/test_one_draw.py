@@ -3,6 +3,8 @@ that share a draw are accounted as what they are."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from cases import record_loss
@@ -158,6 +160,50 @@ def test_augmentations_summed_by_hand_are_refused():
     assert not optimizer._sums
 
 
+# Batches that are of no draw, or not of its records ---------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", ["list", "cycle"])
+def test_batches_kept_beyond_their_pass_are_refused(kept: str):
+    """Each use would be counted as a draw of its own."""
+    engine, _, module, optimizer, loader = private(None, noise=1.0)
+    with pytest.raises(ValueError, match="of no draw in use"):
+        for (batch,) in list(loader) if kept == "list" else itertools.cycle(loader):
+            backward(module, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert sum(steps for _, _, steps in engine.accountant.history) == (0 if kept == "list" else len(loader))
+
+
+def test_batches_of_the_loader_of_before_are_refused():
+    _, _, module, optimizer, loader = private(None)
+    with pytest.raises(ValueError, match="of no draw in use"):
+        for (batch,) in DataLoader(loader.dataset, batch_size=8, shuffle=True):
+            backward(module, batch)
+            optimizer.step()
+
+
+def test_a_draw_in_parts_with_one_backward_pass_is_refused():
+    """Row i of each part would be taken for the same record."""
+    _, model, module, optimizer, loader = private(None, batch_size=N)
+    before = model.weight.detach().clone()
+    (batch,) = next(iter(loader))
+    record_loss(torch.cat([module(part) for part in batch.chunk(2)])).sum().backward()
+    with pytest.raises(ValueError, match=f"{N // 2} gradients in a step on a draw of {N} records"):
+        optimizer.step()
+    assert torch.equal(before, model.weight) and not optimizer._sums
+
+
+@pytest.mark.parametrize("classes", [5, N + 5])
+def test_rows_that_are_no_records_are_refused(classes: int):
+    """The private module embeds one prompt a class; records meet it in the loss only."""
+    _, _, module, optimizer, loader = private(None, batch_size=N, verify_first_step=False)
+    (batch,) = next(iter(loader))
+    (batch[:, :2] @ module(torch.randn(classes, 3, dtype=D)).T).square().sum().backward()
+    with pytest.raises(ValueError, match=f"{classes} gradients in .* step on a draw of {N} records"):
+        optimizer.step()
+
+
 # Steps that fail -------------------------------------------------------------------------------------
 
 
@@ -219,6 +265,7 @@ def test_a_frozen_parameter_keeps_its_value_whatever_gradient_it_has():
         max_grad_norm=1.0,
         sample_rate=0.1,
         expected_batch_size=4,
+        loss_reduction="sum",
     )
     before = model[0].weight.detach().clone()
     model[0].weight.grad = torch.ones_like(before)
@@ -244,7 +291,7 @@ def test_two_optimizers_on_one_batch_are_accounted_as_one_mechanism():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).to(D)
     engine = PrivacyEngine(accountant="rdp")
-    settings = dict(max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=4)
+    settings = dict(max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=4, loss_reduction="sum")
     module, first = engine.privatize(
         model, torch.optim.SGD(model[0].parameters(), lr=0.1), noise_multiplier=3.0, **settings
     )
@@ -345,7 +392,9 @@ def test_steps_on_draws_of_their_own_stay_steps_of_their_own():
 def test_a_second_optimizer_cannot_change_what_a_record_is():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).to(D)
     engine = PrivacyEngine()
-    settings = dict(noise_multiplier=0.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=4)
+    settings = dict(
+        noise_multiplier=0.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=4, loss_reduction="sum"
+    )
     module, _first = engine.privatize(
         model, torch.optim.SGD(model[0].parameters(), lr=0.1), rows_per_record=4, **settings
     )

@@ -86,6 +86,45 @@ def test_memory_overhead_of_what_is_known():
     assert memory_overhead([plan.choices["x"], plan.choices["y"]]) == pytest.approx(1280 / 768)
 
 
+def product(positions: int, inputs: int, outputs: int) -> LinearProduct:
+    return LinearProduct(torch.zeros(1, positions, inputs), torch.zeros(1, positions, outputs))
+
+
+def test_a_longer_record_is_refused_unless_sizes_are_public():
+    """Where a batch is padded to its longest record, this one would decide how others are clipped."""
+    model = nn.Linear(8, 8)
+    for plan in (None, Plan(public_shapes=True)):
+        private, optimizer = PrivacyEngine().privatize(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            noise_multiplier=0.0,
+            max_grad_norm=1.0,
+            sample_rate=0.1,
+            expected_batch_size=4,
+            loss_reduction="sum",
+            plan=plan,
+        )
+        for positions in (3, 3, 5):
+            private(torch.randn(4, positions, 8)).square().sum().backward()
+            if positions == 5 and plan is None:
+                with pytest.raises(ValueError, match="'weight' has 5 positions a record here and had 3 before"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+        model = private.to_standard_module()
+
+
+def test_what_was_chosen_stays_whatever_else_appears():
+    """With the sizes that another parameter has later, the budget would ask for another way; the choice was before."""
+    steady, plan, fresh = ("steady", product(128, 256, 512)), Plan(public_shapes=True), Plan()
+    plan.prepare([steady, ("x", product(16, 512, 32))])
+    before = plan.choices["steady"]
+    plan.prepare([steady, ("x", product(128, 512, 32))])
+    fresh.prepare([steady, ("x", product(128, 512, 32))])
+    assert plan.choices["steady"] == before and fresh.choices["steady"].method != before.method
+
+
 def test_every_way_gives_the_same_step():
     inputs, found = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)), []
     for method in (*METHODS, None):
@@ -101,6 +140,7 @@ def test_every_way_gives_the_same_step():
             sample_rate=0.1,
             expected_batch_size=6,
             plan=Plan(forced=forced),  # type: ignore[arg-type]
+            loss_reduction="sum",
         )
         for _ in range(2):  # the second step keeps gradients within the backward pass
             private(inputs).square().sum().backward()
@@ -156,6 +196,7 @@ def test_options_of_make_private():
                 max_grad_norm=1.0,
                 sample_rate=0.1,
                 expected_batch_size=4,
+                loss_reduction="sum",
                 **options,
             )[1]
             .capture.plan

@@ -13,6 +13,7 @@ from cases import LAYER_CASES, grads_one_by_one, record_loss
 from opacus.layers import DPGRU, DPLSTM, DPRNN, DPMultiheadAttention
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 from dp2vae_fast import PrivacyEngine, ops
@@ -232,8 +233,57 @@ def test_what_fused_mode_does_not_have_is_refused():
         privatize(small_model(), OPTIMIZERS["sgd"], distributed=True)
     with pytest.raises(ValueError, match="choose 'flat'"):
         privatize(small_model(), OPTIMIZERS["sgd"], clipping="by hand")
-    with pytest.raises(TypeError, match="clip_harder"):
+    with pytest.raises(TypeError, match="no option 'clip_harder'"):
         privatize(small_model(), OPTIMIZERS["sgd"], clip_harder=True)
+    with pytest.raises(TypeError, match="no option 'stability' with clipping='flat'"):
+        privatize(small_model(), OPTIMIZERS["sgd"], stability=0.1)
+    with pytest.raises(TypeError, match="loss_reduction"):  # a mean that is called a sum would break the bound
+        PrivacyEngine().privatize(  # type: ignore[call-arg]
+            small_model(), None, noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=4
+        )
+
+
+def test_parameter_groups_can_be_added_of_the_private_module_alone():
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)).to(D)
+    private, optimizer = privatize(model, lambda _: torch.optim.SGD(model[0].parameters(), lr=0.1))
+    optimizer.add_param_group({"params": model[1].parameters(), "lr": 0.2})
+    before = [p.detach().clone() for p in model.parameters()]
+    private(inputs(4)).square().sum().backward()
+    optimizer.step()
+    assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    with pytest.raises(ValueError, match="moved by noise alone"):
+        optimizer.add_param_group({"params": nn.Linear(2, 2).weight})
+
+
+def test_hooks_on_every_optimizers_step_are_called():
+    seen = []
+    model, optimizer = privatize(small_model(), OPTIMIZERS["sgd"])
+    handle = register_optimizer_step_post_hook(lambda *_: seen.append(1))
+    try:
+        model(inputs(4)).square().sum().backward()
+        optimizer.step()
+    finally:
+        handle.remove()
+    assert seen == [1]
+
+
+def test_orders_of_renyi_divergence_can_be_given():
+    model = small_model()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs(32)), batch_size=8)
+    _, optimizer, _ = PrivacyEngine(accountant="rdp").make_private_with_epsilon(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=loader,
+        target_epsilon=3.0,
+        target_delta=1e-5,
+        epochs=1,
+        max_grad_norm=1.0,
+        alphas=[16.0],
+    )
+    best = PrivacyEngine(accountant="rdp").accountant
+    best.history = [(optimizer.noise_multiplier, 1 / len(loader), len(loader))]
+    assert best.get_epsilon(1e-5, alphas=[16.0]) == pytest.approx(3.0, abs=0.02)
+    assert best.get_epsilon(1e-5) < 2.9
 
 
 def test_a_stranger_optimizer_is_refused():
@@ -246,6 +296,7 @@ def test_a_stranger_optimizer_is_refused():
             max_grad_norm=1.0,
             sample_rate=0.1,
             expected_batch_size=4,
+            loss_reduction="sum",
         )
 
 
@@ -652,6 +703,7 @@ def test_trainable_parameters_that_no_optimizer_holds_are_named():
         max_grad_norm=1.0,
         sample_rate=0.1,
         expected_batch_size=8,
+        loss_reduction="sum",
     )
     record_loss(private(inputs(3))).sum().backward()
     optimizer.step()

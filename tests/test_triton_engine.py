@@ -50,6 +50,7 @@ def step(backend: str) -> list[torch.Tensor]:
             sample_rate=0.1,
             expected_batch_size=4,
             noise_generator=torch.Generator().manual_seed(3),
+            loss_reduction="sum",
         )
         record_loss(private(torch.randn(4, 5, generator=torch.Generator().manual_seed(4)))).sum().backward()
         optimizer.step()

@@ -19,7 +19,9 @@ D = torch.float64
 
 
 def privatize(model: nn.Module, **kwargs):
-    settings = dict(noise_multiplier=0.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=8)
+    settings = dict(
+        noise_multiplier=0.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=8, loss_reduction="sum"
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return PrivacyEngine().privatize(model, optimizer, **(settings | kwargs))
 
@@ -218,7 +220,9 @@ def test_two_losses_of_one_forward_and_a_frozen_parameter():
 def test_gradients_that_one_optimizer_forgot_are_not_missed_by_the_other():
     model = layers()
     engine = PrivacyEngine()
-    settings = dict(noise_multiplier=0.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=8)
+    settings = dict(
+        noise_multiplier=0.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=8, loss_reduction="sum"
+    )
     private, first = engine.privatize(model, torch.optim.SGD(model[0].parameters(), lr=0.1), **settings)
     _, second = engine.privatize(private, torch.optim.SGD(model[2].parameters(), lr=0.1), **settings)
     record_loss(private(batch(8))).sum().backward()

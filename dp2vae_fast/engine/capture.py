@@ -195,7 +195,7 @@ class Capture:
         """Prepare the check of the whole book, whichever part of it is asked for."""
         # By a plan of its own: it sees uses one by one, and what it settled would show in later batches whether this
         # one had been the first.
-        plan = replace(self.plan)
+        plan = replace(self.plan, public_shapes=True)
         plan.prepare([(self.name_of(p), g) for p, uses in self.book.uses.items() for g in uses])
         found = (
             (name, p, [plan.realize(name, g) for g in self.book.uses.get(p, [])])

@@ -112,7 +112,7 @@ def norm_sampler(layer: nn.Module, activations: list[Tensor], backprops: Tensor)
     with full_precision([backprops]):
         gradients = _gradients(layer, activations, backprops)
         plan = Plan()
-        norm_sq, error = bounded_norms([plan.realize("", g) for g in gradients.values()])
+        norm_sq, error = bounded_norms([plan.realize(str(i), g) for i, g in enumerate(gradients.values())])
         bounds = (norm_sq + error).sqrt() * (1 + _COMBINATION * torch.finfo(norm_sq.dtype).eps)
         return dict(zip(gradients, bounds, strict=True))
 

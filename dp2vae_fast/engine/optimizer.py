@@ -57,6 +57,7 @@ class DPOptimizer(OpacusDPOptimizer):
         padded: every physical batch is announced by :meth:`next_physical_batch`; one that is not raises.
         fetches_ahead: batches may be drawn, and signalled, before those in front of them are stepped on.
         largest_batch: records of the largest batch, where draws are not Poisson's.
+        draws_in_step: every batch is of the draw that a loader was asked for last; gradients of no draw raise.
         origins: what the pending sum was drawn from, for telling one draw from another.
     """
 
@@ -94,18 +95,39 @@ class DPOptimizer(OpacusDPOptimizer):
         self.stream = stream
         self.clipping = clipping or FlatClipping()
         self.sum_dtype = sum_dtype
-        self.padded = self.fetches_ahead = False
+        self.padded = self.fetches_ahead = self.draws_in_step = False
         self.largest_batch = 0
         self.origins: set[Origin] = set()
         self._parts = self._records = 0  # batches and records of the pending sum
         self._announced: tuple[Tensor, bool] | None = None  # mask, and whether the draw ends
-        self.update = None if materialize_grad else FusedUpdate.of(optimizer)
+        self._materialize_grad = materialize_grad
+        self.update = self._fused_update()
         self._sums: dict[Tensor, Tensor] = {}
         self._batches = 0
         self._replayed = False  # the pending sum has a batch that was replayed, and no step since
         self._bound = 0.0
         self._check_settings()
         capture.owners.update(dict.fromkeys(self.params, self._close_batch))
+
+    def _fused_update(self) -> FusedUpdate | None:
+        return None if self._materialize_grad else FusedUpdate.of(self.original_optimizer)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the private module.
+
+        Raises:
+            ValueError: others, which would have no gradient and be moved by noise alone.
+        """
+        given = param_group["params"]
+        added = [given] if isinstance(given, Tensor) else list(given)
+        if any(self.capture.name_of(p) == "?" for p in added):
+            raise ValueError(
+                "add_param_group was given a parameter that the private module did not have at make_private: it would "
+                "be moved by noise alone. Make the module private again with all of its parameters"
+            )
+        self.original_optimizer.add_param_group(param_group | {"params": added})
+        self.capture.owners.update(dict.fromkeys(added, self._close_batch))
+        self.update = self._fused_update()
 
     # What Opacus' loop, schedulers and memory manager call ----------------------------------------------------------
 
@@ -222,17 +244,23 @@ class DPOptimizer(OpacusDPOptimizer):
         if self.capture.grad_accumulation_allowed:
             return
         draws = [o for o in self.origins if o[0] == "draw"]
+        if self.draws_in_step and not draws:
+            self.capture.drop(self.params)
+            raise ValueError(
+                "this batch is of no draw in use: the pass over the data loader that make_private returned was over "
+                "when the model saw it, or it is from elsewhere. Use each batch before the next is fetched"
+            )
         if len({sampler for _, sampler, *_ in draws}) < len(draws):
             self.capture.drop(self.params)
             raise ValueError(
                 "records of two Poisson draws in one step, of which one record could be in both: call step() on each "
                 "batch before the next is used"
             )
-        if self._parts > 1 and len(draws) == 1 and self._records > (draws[0][3] or math.inf):
+        if len(draws) == 1 and (size := draws[0][3]) is not None and self._records > size:
             self.capture.drop(self.params)
             raise ValueError(
-                f"{self._records} gradients in one step on a draw of {draws[0][3]} records, which would count several "
-                "times: give the model all rows of a record at once (rows_per_record)"
+                f"{self._records} gradients in one step on a draw of {size} records, which would count several times, "
+                "or are not of records: give the model all rows of a record at once (rows_per_record)"
             )
 
     @contextmanager
@@ -359,6 +387,7 @@ class DPOptimizer(OpacusDPOptimizer):
                 self._is_last_step_skipped = True
                 self._batches = 0  # the rest of this batch is to come
                 return False
+            self._check_all_came()
             self._is_last_step_skipped = False
             self._sum_up()
             if self.step_hook:
@@ -378,6 +407,20 @@ class DPOptimizer(OpacusDPOptimizer):
                 "once on every batch, empty ones too. The sum of this draw has been dropped"
             )
         return self._check_skip_next_step()
+
+    def _check_all_came(self) -> None:
+        """Fewer gradients than the draw has records: several records were taken for one, or rows for records. (Of a
+        draw in physical batches one may be missing, after an error.)"""
+        sizes = [o[3] for o in self.origins if o[0] == "draw"]
+        in_parts = self.padded or self._is_last_step_skipped
+        if in_parts or self.capture.grad_accumulation_allowed or len(sizes) != 1 or sizes[0] is None:
+            return
+        if 0 < self._records < sizes[0]:
+            raise ValueError(
+                f"{self._records} gradients in a step on a draw of {sizes[0]} records, several of which would count as "
+                "one (a batch in parts, one backward pass; rows that are no records): call the model once on all "
+                "records, and leave one out by a loss of zero"
+            )
 
     def _sum_up(self) -> None:
         """This process's part of the sum is complete: here others add theirs (:mod:`.distributed`)."""

@@ -63,6 +63,8 @@ class Plan:
             backward pass begins, as where each is followed by a norm layer or an activation. ``math.inf``: the fastest
             way for all.
         measure: time the ways on random numbers the first time that a shape is seen on this machine.
+        public_shapes: how many positions a record has in a batch is public, and may differ between batches. Otherwise a
+            second number is refused: where it is that of the longest record, this one would change others' factors.
 
     Attributes:
         choices: the latest, by parameter.
@@ -71,6 +73,7 @@ class Plan:
     forced: Mapping[str, Method] = field(default_factory=dict)
     max_memory_overhead: float = 1.25
     measure: bool = False
+    public_shapes: bool = False
     choices: dict[str, Choice] = field(default_factory=dict, init=False)
     _settled: dict[Key, Choice] = field(default_factory=dict, init=False, repr=False)
 
@@ -81,10 +84,22 @@ class Plan:
             raise ValueError(f"max_memory_overhead is {self.max_memory_overhead}: it is a ratio of at least 1")
 
     def prepare(self, gradients: Sequence[tuple[str, Gradient]]) -> None:
-        """Choose for the gradients of one backward pass, in its order, where any of them is new."""
+        """Choose for the gradients of one backward pass, in its order, where any of them is new.
+
+        Raises:
+            ValueError: one has another number of positions than before, and nobody said that this is public.
+        """
         keyed = [(name, g, g.cost) for name, g in gradients if not isinstance(g, Kept)]
         if all((name, cost) in self._settled for name, _, cost in keyed):
             return
+        for name, _, cost in keyed:
+            before = self.choices[name].cost.positions if name in self.choices else cost.positions
+            if before != cost.positions and not self.public_shapes:
+                raise ValueError(
+                    f"parameter {name!r} has {cost.positions} positions a record here and had {before} before: "
+                    "should the longest record decide that (padding), it would change how others are clipped. Pad to "
+                    "one public size, or pass plan=Plan(public_shapes=True) where sizes are public"
+                )
         choices = [self._settled.get((name, cost)) or self._candidate(name, g, cost) for name, g, cost in keyed]
         for choice in self._within_budget(choices):
             self.choices[choice.parameter] = self._settled[choice.parameter, choice.cost] = choice
@@ -136,7 +151,7 @@ class Plan:
         while (before := memory_overhead(choices)) > self.max_memory_overhead:
             best, found = 0.0, None
             for i, choice in enumerate(choices):
-                for method in choice.times if choice.parameter not in self.forced else ():
+                for method in choice.times if self._is_free(choice) else ():
                     other = replace(choice, method=method)
                     freed = before - memory_overhead([*choices[:i], other, *choices[i + 1 :]])
                     slower = choice.times[method] - choice.times[choice.method]
@@ -147,6 +162,10 @@ class Plan:
                 break
             choices[found[0]] = found[1]
         return choices
+
+    def _is_free(self, choice: Choice) -> bool:
+        """Whether it can be changed: one that was made for earlier batches stays, whatever else appears."""
+        return choice.parameter not in self.forced and (choice.parameter, choice.cost) not in self._settled
 
 
 def memory_overhead(choices: Sequence[Choice]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import opacus
@@ -195,6 +196,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         epochs: int,
         max_grad_norm: float | Sequence[float] | Mapping[str, float],
         epsilon_tolerance: float = 0.01,
+        alphas: Sequence[float] | None = None,
         **options: Any,
     ) -> Any:
         """:meth:`make_private` with the noise multiplier that spends (target_epsilon, target_delta) in ``epochs``.
@@ -202,6 +204,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         Args:
             epochs: passes over the data loader.
             epsilon_tolerance: by how much the noise multiplier may fall short of using up the target.
+            alphas: orders that the accountant "rdp" tries.
             options: all other arguments of :meth:`make_private`.
         """
         rate, steps = 1 / len(data_loader), len(data_loader)
@@ -213,6 +216,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 "out, and the total will be higher",
                 stacklevel=2,
             )
+        orders: dict[str, Any] = {} if alphas is None else {"alphas": list(alphas)}
         noise_multiplier = get_noise_multiplier(
             target_epsilon=target_epsilon,
             target_delta=target_delta,
@@ -220,6 +224,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             steps=epochs * steps,
             accountant=self.accountant.mechanism(),
             epsilon_tolerance=epsilon_tolerance,
+            **orders,
         )
         return self.make_private(
             module=module,
@@ -239,7 +244,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         max_grad_norm: float | Sequence[float] | Mapping[str, float],
         sample_rate: float,
         expected_batch_size: int,
-        loss_reduction: str = "sum",
+        loss_reduction: str,
         grad_sample_mode: str = FUSED,
         rows_per_record: int | None = None,
         **kwargs: Any,
@@ -250,6 +255,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             sample_rate: probability with which the loop puts each record into a batch
                 (:class:`~.sampling.PoissonBatches`).
             expected_batch_size: public divisor of the noisy sum. With ``loss_reduction="sum"`` nothing is divided.
+            loss_reduction: how the loop's loss combines records, "mean" or "sum". A mean that is called a sum breaks
+                the guarantee: its divisor depends on all records.
             rows_per_record: consecutive rows that belong to one record (1 unless given); fused mode only.
             kwargs: ``clipping``, ``noise_generator`` and the options of :meth:`make_private`.
 
@@ -347,7 +354,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
         capture = self._capture_of(optimizer)
         rows, verify = kwargs.pop("rows_per_record", None), kwargs.pop("verify_first_step", True)
         self._set_capture(capture, rows, verify, _plan_of(kwargs))
+        mode = kwargs.get("clipping", "flat")
         kwargs["clipping"], kwargs["max_grad_norm"] = self._clipping(capture, optimizer, keystream, kwargs)
+        if unknown := kwargs.keys() - signature(DPOptimizer).parameters.keys():
+            raise TypeError(f"make_private has no option {min(unknown)!r} with clipping={mode!r}: leave it out")
         kind = DistributedDPOptimizer if several else DPOptimizer
         return kind(optimizer, capture=capture, stream=keystream.stream("DP-SGD"), **several, **kwargs)
 
@@ -429,6 +439,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         optimizer.expected_batch_size = loader.expected_batch_size
         own = self._own_samplers.setdefault(optimizer.capture, [])
         own.append(loader.draws)
+        optimizer.draws_in_step = loader.draws.in_step
         self._counter.samplers.append(loader.draws)
 
         def draws() -> set[Origin]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import ops
 from .keystream import Stream
@@ -52,8 +53,9 @@ class FusedUpdate(ABC):
 
     @property
     def usable(self) -> bool:
-        """False while hooks on the inner optimizer's ``step`` wait to be called."""
-        return not (self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks)
+        """False while hooks on the inner optimizer's ``step``, or on that of all optimizers, wait to be called."""
+        own = self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks
+        return not (own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
     def step(self, sums: Sequence[Tensor], *, stream: Stream, std: float, scale: float) -> None:
         """Consume one noise step of ``stream`` for all trainable parameters, which ``sums`` are of, in the optimizer's

@@ -31,6 +31,8 @@ def group_norm_grad_sample(activations: Tensor, backprops: Tensor, groups: int, 
         wider. Instance norm is group norm of C groups.
     """
     activations, backprops = widen(activations), widen(backprops)
+    if 0 in activations.shape:
+        return backprops.sum(2), backprops.sum(2)
     normalized = F.group_norm(activations, groups, eps=eps)
     return (normalized * backprops).sum(2), backprops.sum(2)
 
