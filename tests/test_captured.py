@@ -161,7 +161,7 @@ def test_a_parameter_that_is_frozen_gets_no_more_of_the_graph():
 def replaying(**options):
     """What a loop has in hand whose last batch was replayed, and stepped on."""
     _, _, module, optimizer, _ = make(**{"physical": None, **options})
-    optimizer.draws_in_step = False  # the batches are of nobody's draw
+    optimizer.pending.draws_in_step = False  # the batches are of nobody's draw
     batches = CapturedBatches(optimizer, losses_of(module))
     x = torch.randn(8, 1, 8, 8)
     for _ in range(12):

@@ -7,8 +7,8 @@
 * ``layers``, ``fallback``: from that to per-sample ``gradients``, formed or as ``products``: ``plan``, by ``cost`` or
   ``timing`` (``planning``: before any step);
 * ``clipping``, ``precision``: factors, and what they guarantee after rounding;
-* ``optimizer``, ``update``: sum, noise and the inner optimizer's step; ``captured``: all but noise and step replayed as
-  one graph; ``distributed``: over several processes;
+* ``optimizer``, ``pending``, ``update``: sum, what it is of, noise and the inner optimizer's step; ``captured``: all
+  but noise and step replayed as one graph; ``distributed``: over several processes;
 * ``counting``, ``accounting``: what has been spent.
 
 ``privacy_engine`` and ``module`` give all this the face of Opacus. ``audit`` tries to break it.

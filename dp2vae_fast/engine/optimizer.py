@@ -18,6 +18,7 @@ from .capture import Capture
 from .clipping import FlatClipping
 from .gradients import Gradient
 from .keystream import Stream
+from .pending import Pending
 from .precision import BATCHES_IN_FLOAT32, full_precision, roundings_on, sum_rounding
 from .update import FusedUpdate
 
@@ -57,8 +58,7 @@ class DPOptimizer(OpacusDPOptimizer):
         padded: every physical batch is announced by :meth:`next_physical_batch`; one that is not raises.
         fetches_ahead: batches may be drawn, and signalled, before those in front of them are stepped on.
         largest_batch: records of the largest batch, where draws are not Poisson's.
-        draws_in_step: every batch is of the draw that a loader was asked for last; gradients of no draw raise.
-        origins: what the pending sum was drawn from, for telling one draw from another.
+        pending: what the pending sum comes from.
     """
 
     def __init__(
@@ -95,10 +95,9 @@ class DPOptimizer(OpacusDPOptimizer):
         self.stream = stream
         self.clipping = clipping or FlatClipping()
         self.sum_dtype = sum_dtype
-        self.padded = self.fetches_ahead = self.draws_in_step = False
+        self.padded = self.fetches_ahead = False
         self.largest_batch = 0
-        self.origins: set[Origin] = set()
-        self._parts = self._records = 0  # batches and records of the pending sum
+        self.pending = Pending()
         self._announced: tuple[Tensor, bool] | None = None  # mask, and whether the draw ends
         self._materialize_grad = materialize_grad
         self.update = self._fused_update()
@@ -128,6 +127,11 @@ class DPOptimizer(OpacusDPOptimizer):
         self.original_optimizer.add_param_group(param_group | {"params": added})
         self.capture.owners.update(dict.fromkeys(added, self._close_batch))
         self.update = self._fused_update()
+
+    @property
+    def origins(self) -> set[Origin]:
+        """What the pending sum was drawn from, for telling one draw from another."""
+        return self.pending.origins
 
     # What Opacus' loop, schedulers and memory manager call ----------------------------------------------------------
 
@@ -214,7 +218,7 @@ class DPOptimizer(OpacusDPOptimizer):
             yield p, weighted
 
     def _add(self, sums: Iterable[tuple[Tensor, Tensor]]) -> None:
-        narrow = self._parts <= BATCHES_IN_FLOAT32
+        narrow = self.pending.batches <= BATCHES_IN_FLOAT32
         for p, weighted in sums:
             pending = self._sums.get(p)
             if pending is None:
@@ -239,29 +243,14 @@ class DPOptimizer(OpacusDPOptimizer):
 
     def _note_origins(self, origins: set[Origin], records: int) -> None:
         """Where gradients come from; without accumulation, one draw only, and each of its records once."""
-        self.origins |= origins
-        self._parts, self._records = self._parts + 1, self._records + records
+        self.pending.add(origins, records)
         if self.capture.grad_accumulation_allowed:
             return
-        draws = [o for o in self.origins if o[0] == "draw"]
-        if self.draws_in_step and not draws:
+        try:
+            self.pending.check()
+        except ValueError:
             self.capture.drop(self.params)
-            raise ValueError(
-                "this batch is of no draw in use: the pass over the data loader that make_private returned was over "
-                "when the model saw it, or it is from elsewhere. Use each batch before the next is fetched"
-            )
-        if len({sampler for _, sampler, *_ in draws}) < len(draws):
-            self.capture.drop(self.params)
-            raise ValueError(
-                "records of two Poisson draws in one step, of which one record could be in both: call step() on each "
-                "batch before the next is used"
-            )
-        if len(draws) == 1 and (size := draws[0][3]) is not None and self._records > size:
-            self.capture.drop(self.params)
-            raise ValueError(
-                f"{self._records} gradients in one step on a draw of {size} records, which would count several times, "
-                "or are not of records: give the model all rows of a record at once (rows_per_record)"
-            )
+            raise
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -369,8 +358,8 @@ class DPOptimizer(OpacusDPOptimizer):
     def _forget_sums(self) -> None:
         self._sums.clear()
         self.clipping.forget()
-        self.origins = set()
-        self._parts = self._records = self._batches = 0
+        self.pending.clear()
+        self._batches = 0
         self._bound, self._replayed = 0.0, False
 
     def _begin_step(self) -> bool:
@@ -378,7 +367,7 @@ class DPOptimizer(OpacusDPOptimizer):
         self._check_settings()
         self.clip_and_accumulate()
         with self._all_or_nothing():
-            self.origins |= self.capture.draws()  # of an empty draw, too
+            self.pending.origins |= self.capture.draws()  # of an empty draw, too
             for group in self.param_groups:
                 for p in group["params"]:
                     if not p.requires_grad:
@@ -387,7 +376,9 @@ class DPOptimizer(OpacusDPOptimizer):
                 self._is_last_step_skipped = True
                 self._batches = 0  # the rest of this batch is to come
                 return False
-            self._check_all_came()
+            in_parts = self.padded or self._is_last_step_skipped  # of which one may be missing, after an error
+            if not in_parts and not self.capture.grad_accumulation_allowed:
+                self.pending.check_whole()
             self._is_last_step_skipped = False
             self._sum_up()
             if self.step_hook:
@@ -407,20 +398,6 @@ class DPOptimizer(OpacusDPOptimizer):
                 "once on every batch, empty ones too. The sum of this draw has been dropped"
             )
         return self._check_skip_next_step()
-
-    def _check_all_came(self) -> None:
-        """Fewer gradients than the draw has records: several records were taken for one, or rows for records. (Of a
-        draw in physical batches one may be missing, after an error.)"""
-        sizes = [o[3] for o in self.origins if o[0] == "draw"]
-        in_parts = self.padded or self._is_last_step_skipped
-        if in_parts or self.capture.grad_accumulation_allowed or len(sizes) != 1 or sizes[0] is None:
-            return
-        if 0 < self._records < sizes[0]:
-            raise ValueError(
-                f"{self._records} gradients in a step on a draw of {sizes[0]} records, several of which would count as "
-                "one (a batch in parts, one backward pass; rows that are no records): call the model once on all "
-                "records, and leave one out by a loss of zero"
-            )
 
     def _sum_up(self) -> None:
         """This process's part of the sum is complete: here others add theirs (:mod:`.distributed`)."""

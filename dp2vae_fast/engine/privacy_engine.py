@@ -439,7 +439,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         optimizer.expected_batch_size = loader.expected_batch_size
         own = self._own_samplers.setdefault(optimizer.capture, [])
         own.append(loader.draws)
-        optimizer.draws_in_step = loader.draws.in_step
+        optimizer.pending.draws_in_step = loader.draws.in_step
         self._counter.samplers.append(loader.draws)
 
         def draws() -> set[Origin]:
