@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import small
 import torch
 
-from dp2vae_fast.runs.checkpoint import RunError, load_checkpoint
+from dp2vae_fast.runs.checkpoint import RunError, load_checkpoint, save_checkpoint
 from dp2vae_fast.runs.ledger import Ledger
 from dp2vae_fast.trainer import Trainer
 from dp2vae_fast.vae.data import load_images
@@ -204,6 +205,37 @@ def test_checkpoints_without_their_ledger_or_identity_are_refused(tmp_path, lost
     (tmp_path / "run" / "curator" / lost).unlink()
     with pytest.raises(RunError, match="train into a new folder"):
         Trainer(small.digits(), config=settings, out=tmp_path / "run", resume=True).fit()
+
+
+@pytest.mark.filterwarnings("ignore:noise_multiplier = 0:UserWarning")
+@pytest.mark.parametrize("file", ["stage1.pt", "class-means.pt", "DP-SGD.pt"])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, file):
+    """Else a run without noise would be released under the epsilon of the ledger beside it."""
+    settings = small.config(test_fraction=0, seed=None)
+    for name, changes in (("run", {}), ("noiseless", {"noise_multiplier": 0})):
+        changed = small.config(test_fraction=0, seed=None, **changes)
+        Trainer(small.digits(), config=changed, out=tmp_path / name).fit()
+    curator = tmp_path / "run" / "curator"
+    for later in ("DP-SGD.pt", "stage1.pt"):  # what would be read before it
+        (curator / later).unlink()
+    shutil.copy(tmp_path / "noiseless" / "curator" / file, curator / file)
+    with pytest.raises(RunError, match=f"{file} belongs to another run"):
+        Trainer(small.digits(), config=settings, out=tmp_path / "run", resume=True).fit()
+
+
+def test_a_run_of_before_there_were_ids_goes_on_with_its_own_checkpoints_only(tmp_path):
+    settings = small.config(test_fraction=0, seed=None)
+    Trainer(small.digits(), config=settings, out=tmp_path / "run").fit()
+    curator = tmp_path / "run" / "curator"
+    known = json.loads((curator / "run.json").read_text())
+    (curator / "run.json").write_text(json.dumps({key: known[key] for key in known if key != "id"}))
+    with pytest.raises(RunError, match="belongs to another run"):
+        Trainer(small.digits(), config=settings, out=tmp_path / "run", resume=True).fit()
+    for file in curator.glob("*.pt"):
+        state = load_checkpoint(file)
+        assert state is not None and state.pop("run") == known["id"]
+        save_checkpoint(file, state)
+    Trainer(small.digits(), config=settings, out=tmp_path / "run", resume=True).fit()
 
 
 def test_one_seed_gives_other_noise_on_other_records():

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class RunFolder:
 
     def __init__(self, path: Path | None, *, resume: bool, config: Config, data_sha256: str) -> None:
         self.path = path
+        self._id: str | None = None
         self._created: list[Path] = []
         self.ledger = Ledger()
         if path is None:
@@ -62,13 +64,17 @@ class RunFolder:
         return None if self.path is None else self.path / "curator" / name
 
     def load(self, name: str) -> dict[str, Any] | None:
-        """The state that was saved under ``curator/name``, or None."""
-        return None if self.path is None else load_checkpoint(self.path / "curator" / name)
+        """The state that was saved under ``curator/name``, or None; a state of another run is refused."""
+        file = self.curator_file(name)
+        state = None if file is None else load_checkpoint(file)
+        if state is not None and state.get("run") != self._id:
+            raise RunError(f"{file} belongs to another run: put the run's own file back, or train into a new folder")
+        return state
 
     def save(self, name: str, state: dict[str, Any]) -> None:
-        """Save a state atomically as ``curator/name``."""
+        """Save a state atomically as ``curator/name``, with the run's id."""
         if self.path is not None:
-            save_checkpoint(self.path / "curator" / name, state)
+            save_checkpoint(self.path / "curator" / name, state | {"run": self._id})
 
     def _identify(self, folder: Path, config: Config, data_sha256: str) -> None:
         file = folder / "curator" / "run.json"
@@ -77,9 +83,12 @@ class RunFolder:
             strangers += ["ledger"] if self.ledger.spent() else []
             if strangers:
                 raise RunError(f"{file.parent} holds {strangers[0]} of an unknown run: train into a new folder")
-            write_json(file, {"recipe": config.recipe, "config": config.to_dict(), "data_sha256": data_sha256})
+            self._id = secrets.token_hex(16)
+            known = {"id": self._id, "recipe": config.recipe, "config": config.to_dict(), "data_sha256": data_sha256}
+            write_json(file, known)
             return
         known = read_run(folder)
+        self._id = known.get("id")  # a run of before there were ids has none, nor have its checkpoints
         differences = [
             f"{name} was {known['config'][table].get(name)!r} and is now {value!r}"
             for table in MECHANISM_TABLES
