@@ -238,6 +238,15 @@ def test_a_run_of_before_there_were_ids_goes_on_with_its_own_checkpoints_only(tm
     Trainer(small.digits(), config=settings, out=tmp_path / "run", resume=True).fit()
 
 
+@pytest.mark.parametrize("sign", ["decoder.safetensors", "privacy.json"])
+def test_a_release_whose_run_is_gone_is_not_trained_over(tmp_path, sign):
+    """A second run there would take the release's place and spend the whole budget on the same records again."""
+    (tmp_path / sign).write_text("released")
+    with pytest.raises(RunError, match=f"holds {sign} of an unknown run: train into a new folder"):
+        Trainer(small.digits(), config=small.config(test_fraction=0), out=tmp_path, resume=True).fit()
+    assert [p.name for p in tmp_path.iterdir()] == [sign]
+
+
 def test_one_seed_gives_other_noise_on_other_records():
     runs = [small.stage(small.digits(n), small.config()) for n in (200, 199)]
     keys = [run.keys.keystream("class means").key_tensor() for run in runs]

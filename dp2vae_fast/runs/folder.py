@@ -79,10 +79,11 @@ class RunFolder:
     def _identify(self, folder: Path, config: Config, data_sha256: str) -> None:
         file = folder / "curator" / "run.json"
         if not file.exists():
-            strangers = sorted({p.name for p in file.parent.iterdir()} - _IDENTITY)
-            strangers += ["ledger"] if self.ledger.spent() else []
+            strangers = [sign for sign in _SIGNS_OF_A_RUN if (folder / sign).exists()]
+            strangers += sorted(f"curator/{p.name}" for p in file.parent.iterdir() if p.name not in _IDENTITY)
+            strangers += ["curator/ledger"] if self.ledger.spent() else []
             if strangers:
-                raise RunError(f"{file.parent} holds {strangers[0]} of an unknown run: train into a new folder")
+                raise RunError(f"{folder} holds {strangers[0]} of an unknown run: train into a new folder")
             self._id = secrets.token_hex(16)
             known = {"id": self._id, "recipe": config.recipe, "config": config.to_dict(), "data_sha256": data_sha256}
             write_json(file, known)
