@@ -25,7 +25,7 @@ from .runs.interrupt import StopRequest
 from .runs.keys import take_keys
 from .vae.audit import CANARIES, audit_run
 from .vae.budget import calibrate_step, plan_budget
-from .vae.data import ImageData, check_trainable, load_images, to_pixels, train_test_split
+from .vae.data import DataError, ImageData, check_trainable, load_images, to_pixels, train_test_split
 from .vae.encoder import MODES, Pretrained, pretrain
 from .vae.evaluate import evaluate
 from .vae.latents import LatentCache, decoder_losses
@@ -84,6 +84,9 @@ class Trainer:
     ) -> None:
         if isinstance(data, str | Path):
             settings["data"] = str(data)
+        elif data is not None and not isinstance(data, ImageData):
+            way_out = "give a path, or what dp2vae_fast.vae.data.make_image_data makes of images and labels"
+            raise DataError(f"data of type {type(data).__name__} cannot be trained on: {way_out}")
         if isinstance(config, Config):
             if recipe is not None or settings:
                 raise ConfigError("a complete Config leaves no room for a recipe or settings: use dataclasses.replace")

@@ -1,5 +1,6 @@
 """Trainer: every variant of the model trains through both stages, and both engines train alike."""
 
+import numpy as np
 import pytest
 import small
 import torch
@@ -68,6 +69,13 @@ def test_settings_are_named_once():
         Trainer(small.digits(), config=Config(), steps=3)
     assert Trainer(recipe="digits", steps=7).config.privacy.steps == 7
     assert Trainer("photos", recipe="images64").config.data.data == "photos"
+
+
+@pytest.mark.parametrize("data", [torch.zeros(40, 1, 8, 8), np.zeros((40, 8, 8)), (torch.zeros(40, 1, 8, 8),), 42])
+def test_data_of_another_type_are_refused(data):
+    """Not replaced by the recipe's own."""
+    with pytest.raises(DataError, match=rf"type {type(data).__name__} cannot be trained on: give .*make_image_data"):
+        Trainer(data, config=small.config())
 
 
 def test_unlabelled_records_cannot_be_conditioned_on():
