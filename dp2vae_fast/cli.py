@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,10 +84,10 @@ def train(
     flags = {key: value for key, value in locals().items() if key in _FIELDS and value is not None}
     if recipe is None and config is None:
         recipe = "digits"
+    complete = load_config(recipe=recipe, file=config, overrides=_parse_settings(settings) | flags)
     features = features or ["cnn"]
     for wanted in features:
         require_feature_network(wanted)
-    complete = load_config(recipe=recipe, file=config, overrides=_parse_settings(settings) | flags)
     with _Bars() as bars:
         run = Trainer(config=complete, out=out, resume=resume, observer=bars.hear)
         try:
@@ -95,11 +95,10 @@ def train(
         except KeyboardInterrupt:
             _err.print(f"stopped; to go on: the same command with --resume, into {out}", soft_wrap=True)
             raise typer.Exit(130) from None
-    if evaluate:
-        with _err.status("measuring samples"):
-            run.evaluate(features)
     run.save(out)
-    _print_result(out, run.report, run.metrics)
+    _print_result(out, run.report)
+    if evaluate:
+        _measure(out, lambda: run.evaluate(features))
 
 
 @app.command()
@@ -145,12 +144,8 @@ def evaluate(
     """Measure a decoder's samples against the real images, and write metrics.json. Its figures are not private."""
     decoder = load_decoder(run)
     _, (train_data, test_data) = _of_run(run, {} if data is None else {"data": data})
-    with _err.status("measuring samples"):
-        metrics = evaluate_samples(
-            sampler(decoder, seed), train_data, test_data, samples=samples, features=features or ["cnn"], seed=seed
-        )
-    write_json(run / "metrics.json", metrics)
-    _print_metrics(metrics)
+    draw, wanted = sampler(decoder, seed), features or ["cnn"]
+    _measure(run, lambda: evaluate_samples(draw, train_data, test_data, samples=samples, features=wanted, seed=seed))
 
 
 @app.command()
@@ -379,13 +374,23 @@ def _print_plan(made: Plan, rows: int) -> None:
     )
 
 
-def _print_result(out: Path, report: dict[str, Any], metrics: dict[str, Any] | None) -> None:
+def _print_result(out: Path, report: dict[str, Any]) -> None:
     _out.print(
         f"[bold]{out}[/]: decoder.safetensors, decoder.json, privacy.json, privacy.md, samples.png", soft_wrap=True
     )
     _out.print(headline(report), highlight=False, soft_wrap=True)
-    if metrics is not None:
-        _print_metrics(metrics)
+
+
+def _measure(folder: Path, measured: Callable[[], dict[str, Any]]) -> None:
+    """Write metrics.json beside a release and print it. Where that fails or is stopped the release stays as it is."""
+    try:
+        with _err.status("measuring samples"):
+            metrics = measured()
+    except KeyboardInterrupt:
+        _err.print(f"stopped; the release is in {folder}, dp2vae evaluate {folder} measures it", soft_wrap=True)
+        raise typer.Exit(130) from None
+    write_json(folder / "metrics.json", metrics)
+    _print_metrics(metrics)
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:

@@ -10,6 +10,9 @@ import pytest
 import small
 from PIL import Image
 
+from dp2vae_fast import load_decoder, trainer
+from dp2vae_fast.vae.classifiers import EvaluationError
+
 TIMEOUT = 300
 
 
@@ -92,6 +95,10 @@ MISTAKES = {
     "unknown preset": (lambda t: ["--preset", "unet"], 'preset "unet"'),
     "unknown device": (lambda t: ["--device", "abacus"], 'device = "abacus"'),
     "missing feature network": (lambda t: ["--features", t / "none.pt"], "no file for the feature network"),
+    "damaged feature network": (
+        lambda t: ["--features", (t / "net.pt").write_text("x") and t / "net.pt"],
+        "net.pt is not a TorchScript file",
+    ),
     "output below a file": (lambda t: ["--out", (t / "file").write_text("x") and t / "file" / "run"], "cannot write"),
     "public encoder missing": (lambda t: ["--encoder", "public"], "needs public_encoder"),
 }
@@ -199,6 +206,26 @@ def test_evaluate_measures_again(finished, capsys, monkeypatch):
     assert json.loads((out / "metrics.json").read_text())["samples"] == 300
     code, _, err = in_process(capsys, monkeypatch, "evaluate", out.parent)
     assert code == 2 and "holds no decoder" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [(KeyboardInterrupt(), 130, "dp2vae evaluate"), (EvaluationError("not measured"), 2, "not measured")],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_release_is_written_before_it_is_measured(error, code, message, tmp_path, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(trainer, "evaluate", broken)
+    out = tmp_path / "run"
+    arguments = ["--out", out, *small.FLAGS, "--set=accountant=rdp"]
+    got, printed, err = in_process(capsys, monkeypatch, "train", *arguments)
+    assert got == code and message in err and "Traceback" not in err
+    assert "differentially private" in printed and not (out / "metrics.json").exists()
+    load_decoder(out)
+    if code == 130:
+        assert f"the release is in {out}" in err.splitlines()[-1]
 
 
 def test_evaluate_refuses_other_records_than_the_runs(finished, capsys, monkeypatch, tmp_path):

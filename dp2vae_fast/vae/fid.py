@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,19 +52,15 @@ def load_feature_network(wanted: str, train: ImageData, *, seed: int = 0) -> Fea
     found = require_feature_network(wanted)
     if found is None:
         return _fit_feature_cnn(train, seed)
-    kind, path = found
-    if kind == "inception":
-        name, network = f"inception v3 {path.name}", _load_inception(path)
-    else:
-        name, network = f"torchscript {path.name}", _load_torchscript(path)
+    name, network = found
     module = nn.Sequential(_ToColour(), network).eval()
     return FeatureNetwork(name, module, _feature_dimension(module, name, train.image_shape))
 
 
-def require_feature_network(wanted: str) -> tuple[str, Path] | None:
-    """("inception" or "torchscript", its file), or None for "cnn".
+def require_feature_network(wanted: str) -> tuple[str, nn.Module] | None:
+    """Name and network of a file, read as far as no data are needed, or None for "cnn".
 
-    Raises :class:`EvaluationError` where there is no such network or file: before hours of training, if asked early.
+    Raises :class:`EvaluationError` where it cannot be read: before hours of training, if asked early.
     """
     if wanted == "cnn":
         return None
@@ -71,7 +68,9 @@ def require_feature_network(wanted: str) -> tuple[str, Path] | None:
     path = Path(file if kind == "inception" else wanted).expanduser()
     if not path.is_file():
         raise EvaluationError(f'there is no file for the feature network "{wanted}": {KINDS}')
-    return ("inception" if kind == "inception" else "torchscript"), path
+    if kind == "inception":
+        return f"inception v3 {path.name}", _load_inception(path)
+    return f"torchscript {path.name}", _load_torchscript(path)
 
 
 def _fit_feature_cnn(train: ImageData, seed: int) -> FeatureNetwork:
@@ -86,7 +85,9 @@ def _fit_feature_cnn(train: ImageData, seed: int) -> FeatureNetwork:
 
 def _load_torchscript(path: Path) -> nn.Module:
     try:
-        return torch.jit.load(str(path), map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # what torch would rather have says nothing of the file
+            return torch.jit.load(str(path), map_location="cpu")
     except Exception as error:  # a damaged archive makes the reader raise almost anything
         raise EvaluationError(f"{path} is not a TorchScript file: write the network with torch.jit.save") from error
 
