@@ -13,6 +13,7 @@ from dp2vae_fast.engine.audit import Check
 from dp2vae_fast.engine.keystream import Stream
 from dp2vae_fast.engine.sampling import PoissonBatches
 from dp2vae_fast.engine.update import FusedUpdate
+from dp2vae_fast.runs.checkpoint import RunError
 from dp2vae_fast.trainer import Trainer
 from dp2vae_fast.vae import audit, encoder, loop, moments
 from dp2vae_fast.vae.audit import audit_run, verdict, write_audit
@@ -210,7 +211,8 @@ def audited_without_noise() -> dict[str, Check]:
 
 
 def test_a_verdict_has_no_figure_and_the_report_carries_it(tmp_path):
-    run = Trainer(small.digits(), config=small.config(test_fraction=0), out=tmp_path / "run").fit()
+    settings = {"config": small.config(test_fraction=0), "out": tmp_path / "run"}
+    run = Trainer(small.digits(), **settings).fit()
     run.save(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "privacy.json").read_text())["audit"] == "not run"
     checks = [
@@ -226,6 +228,11 @@ def test_a_verdict_has_no_figure_and_the_report_carries_it(tmp_path):
     assert report == run.report | {"audit": "failed: two, three"}
     assert "Audit: failed: two, three." in (tmp_path / "run" / "privacy.md").read_text()
     assert verdict(checks[:1]) == "passed: one"
+    assert Trainer(small.digits(), resume=True, **settings).fit().report["audit"] == "failed: two, three"
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / "run" / "curator" / "audit.json").write_text(damaged)
+        with pytest.raises(RunError, match=r"audit\.json cannot be read as an audit: delete it"):
+            Trainer(small.digits(), resume=True, **settings).fit()
 
 
 def test_the_command_audits_a_configuration_and_a_run(tmp_path, capsys, monkeypatch):

@@ -196,6 +196,7 @@ def write_audit(folder: Path, checks: Sequence[Check]) -> None:
         folder / "curator" / "audit.json",
         {
             "passed": all(check.passed for check in checks),
+            "verdict": verdict(checks),
             "note": "figures come from real records without noise: they are for the curator",
             "checks": [check.to_dict() for check in checks],
         },

@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 from ..engine.accounting import Mechanism, epsilon, gaussian_dp_mu
 from ..engine.precision import roundings_on, sum_rounding
-from ..runs.checkpoint import write_json, write_text
+from ..runs.checkpoint import RunError, write_json, write_text
 from ..runs.environment import versions
 from .encoder import EncoderMode
 from .stage import Stage
@@ -60,6 +61,7 @@ class Facts:
     public_constants: dict[str, Any]
     arithmetic: dict[str, Any]
     noise_keys: int = 1
+    audit: str = "not run"
     warnings: tuple[str, ...] = ()
 
 
@@ -102,9 +104,20 @@ def report_on(stage: Stage, mode: EncoderMode, warnings: Sequence[str]) -> dict[
             public_constants=constants,
             arithmetic=ARITHMETIC[engine],
             noise_keys=stage.run.ledger.key_number + 1,
+            audit=_verdict(stage.run.curator_file("audit.json")),
             warnings=tuple(warnings),
         )
     )
+
+
+def _verdict(file: Path | None) -> str:
+    """The verdict of the run's audit, or that there was none."""
+    if file is None or not file.exists():
+        return Facts.audit
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["verdict"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file} cannot be read as an audit: delete it, resume, and audit again") from error
 
 
 def build_report(facts: Facts) -> dict[str, Any]:
@@ -142,7 +155,7 @@ def build_report(facts: Facts) -> dict[str, Any]:
         "arithmetic": facts.arithmetic,
         "not_claimed": list(NO_CLAIM),
         "warnings": list(facts.warnings),
-        "audit": "not run",
+        "audit": facts.audit,
         "versions": versions(),
     }
     if not end_to_end:
