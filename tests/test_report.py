@@ -68,6 +68,11 @@ def test_the_keys_that_others_rely_on_are_there(report):
     json.dumps(report, allow_nan=False)
 
 
+def test_what_it_says_of_sums_holds_for_every_backend(report):
+    """The native kernels form a record's product in float32, the references in float64; the norm's bound counts it."""
+    assert "in float32, which the bound of its norm counts" in report["arithmetic"]["sums"]
+
+
 def test_a_mode_without_a_guarantee_reports_no_epsilon():
     report = build_report(facts(encoder="private", end_to_end=False))
     assert report["epsilon"] is None and report["epsilon_given_encoder"] > 0

@@ -26,7 +26,8 @@ ARITHMETIC: dict[str, dict[str, Any]] = {
     "fused": {
         "precision": "float32; moments in exact integer sums",
         "norms": "the clip factor divides by the computed norm plus a bound of its rounding error",
-        "sums": "the rounding of the sum over records is part of the sensitivity; products over positions in float64",
+        "sums": "the rounding of the sum over records is part of the sensitivity; a record's product over positions "
+        "is formed in float32, which the bound of its norm counts, or by the reference ops in float64",
         "not_bounded": "rounding of the forward and backward pass themselves",
     },
     "opacus": {
