@@ -27,7 +27,7 @@ from .runs.checkpoint import RunError, write_atomic, write_json
 from .runs.environment import versions
 from .runs.folder import read_run
 from .trainer import Trainer, load_split, sampler
-from .vae.audit import CANARIES, write_audit
+from .vae.audit import CANARIES, LEAST_CANARIES, write_audit
 from .vae.classifiers import EvaluationError
 from .vae.data import DataError, ImageData, to_pixels
 from .vae.evaluate import evaluate as evaluate_samples
@@ -40,6 +40,7 @@ from .vae.stage import Progress as Heard
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 _out, _err = Console(), Console(stderr=True)
+_INT64 = 2**63 - 1
 
 Setting = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting; a flag of its own beats it.")
@@ -106,8 +107,10 @@ def sample(
     run: Annotated[Path, typer.Argument(help="Folder of a released decoder.")],
     out: Annotated[Path, typer.Option(help="A .png for one grid, or a .npz of images and labels.")] = Path("new.png"),
     number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many images.")] = 64,
-    label: Annotated[int | None, typer.Option(help="Class of all of them; drawn at random unless given.")] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
+    label: Annotated[
+        int | None, typer.Option(min=0, max=_INT64, help="Class of all of them; drawn at random unless given.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=_INT64)] = None,
 ) -> None:
     """Draw new images from a released decoder."""
     decoder = load_decoder(run)
@@ -139,7 +142,7 @@ def evaluate(
     features: Annotated[
         list[str] | None, typer.Option(help='"cnn" (fitted on the real data), a TorchScript file, "inception:FILE".')
     ] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_INT64)] = 0,
 ) -> None:
     """Measure a decoder's samples against the real images, and write metrics.json. Its figures are not private."""
     decoder = load_decoder(run)
@@ -160,7 +163,7 @@ def audit(
     target_delta: Annotated[float | None, typer.Option("--target-delta", "--delta")] = None,
     noise_multiplier: Annotated[float | None, typer.Option(help="Instead of a target; 0: not private.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the audit's own coins; 0 unless given.")] = None,
-    canaries: Annotated[int, typer.Option(min=8, help="Coins of the one-run bound on epsilon.")] = CANARIES,
+    canaries: Annotated[int, typer.Option(min=LEAST_CANARIES, help="Coins of the one-run bound.")] = CANARIES,
     engine: Annotated[str | None, typer.Option(help="fused, or opacus (the reference path).")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
     settings: Setting = None,

@@ -20,6 +20,7 @@ from .config import Config, ConfigError, load_config
 from .engine.audit import Check
 from .engine.plan import Plan
 from .engine.planning import plan_for
+from .runs.checkpoint import RunError
 from .runs.folder import RunFolder, check_output
 from .runs.interrupt import StopRequest
 from .runs.keys import take_keys
@@ -182,6 +183,7 @@ class Trainer:
 
         See :func:`~dp2vae_fast.vae.evaluate.evaluate`. None of it is covered by the guarantee.
         """
+        self._require_fitted()
         draw = sampler(self.decoder, seed)
         metrics = evaluate(draw, self.train_data, self.test_data, samples=samples, features=features, seed=seed)
         self.metrics = metrics
@@ -189,10 +191,15 @@ class Trainer:
 
     def save(self, folder: str | Path) -> None:
         """Write what may be released into ``folder``, and beside it, in ``curator/``, what may not."""
+        self._require_fitted()
         folder = Path(folder)
         check_output(folder, resume=self.out is not None and folder.absolute() == self.out.absolute())
         save_release(folder, self.decoder, self.report, self.metrics)
         save_for_curator(folder / "curator", self.train_data, self.history)
+
+    def _require_fitted(self) -> None:
+        if not hasattr(self, "report"):
+            raise RunError("nothing has been trained yet: call fit() first")
 
 
 def train_decoder(stage: Stage, pretrained: Pretrained) -> Decoder:
@@ -262,7 +269,7 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # what cannot be read back ("meta") cannot be trained on
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f'device = "{name}" cannot be used ({str(error).splitlines()[0]}): try auto or cpu') from None

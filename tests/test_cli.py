@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -94,6 +95,7 @@ MISTAKES = {
     ),
     "unknown preset": (lambda t: ["--preset", "unet"], 'preset "unet"'),
     "unknown device": (lambda t: ["--device", "abacus"], 'device = "abacus"'),
+    "device without memory": (lambda t: ["--device", "meta"], 'device = "meta" cannot be used'),
     "missing feature network": (lambda t: ["--features", t / "none.pt"], "no file for the feature network"),
     "damaged feature network": (
         lambda t: ["--features", (t / "net.pt").write_text("x") and t / "net.pt"],
@@ -197,6 +199,18 @@ def test_sample_draws_pictures_and_arrays(finished, tmp_path, capsys, monkeypatc
     ):
         code, _, err = in_process(capsys, monkeypatch, "sample", *arguments)
         assert code == 2 and message in err and err.count("\n") == 1
+    for command, option in (("sample", "--seed"), ("sample", "--label"), ("evaluate", "--seed")):
+        code, _, err = in_process(capsys, monkeypatch, command, out, option, 10**23)
+        assert code == 2 and f"Invalid value for '{option}'" in err
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"config": {}, "data_sha256": "x"}'])
+def test_a_run_without_its_settings_is_one_line(content, finished, tmp_path, capsys, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "curator" / "run.json").write_text(content)
+    for command in (["evaluate", tmp_path / "run"], ["train", *small.FLAGS, "--resume", "--out", tmp_path / "run"]):
+        code, _, err = in_process(capsys, monkeypatch, *command)
+        assert code == 2 and "run.json" in err and err.count("\n") == 1, err
 
 
 def test_evaluate_measures_again(finished, capsys, monkeypatch):

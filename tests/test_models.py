@@ -71,6 +71,7 @@ def test_samples_are_pixels_and_follow_labels_and_generator(likelihood):
     first, second = (decoder.sample(2, torch.full((2,), k), generator=torch.Generator().manual_seed(3)) for k in (0, 1))
     assert not torch.equal(first, second)
     assert decoder.sample(0).shape == (0, 1, 8, 8)
+    assert decoder.sample(2, torch.tensor([1, 0], dtype=torch.uint8)).shape == (2, 1, 8, 8)
 
 
 def test_large_draws_are_made_in_parts_with_the_same_result():
@@ -91,6 +92,8 @@ def test_large_draws_are_made_in_parts_with_the_same_result():
         (lambda: build_decoder(spec("mlp"))(torch.zeros(1, 4)), "give it labels"),
         (lambda: build_decoder(spec("mlp")).sample(2, torch.tensor([0, 3])), "there are 3 classes"),
         (lambda: build_decoder(spec("mlp")).sample(2, torch.tensor([0])), "one label for each of the 2"),
+        (lambda: build_decoder(spec("mlp")).sample(2, torch.tensor([0.0, 1.0])), "labels are torch.float32"),
+        (lambda: build_decoder(spec("mlp")).sample(-1), "n = -1"),
         (lambda: build_decoder(spec("mlp", classes=0)).sample(1, torch.tensor([0])), "not conditional"),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 
 from dp2vae_fast import Trainer
 from dp2vae_fast.config import Config, ConfigError
+from dp2vae_fast.runs.checkpoint import RunError
 from dp2vae_fast.vae.data import DataError, make_image_data
 
 
@@ -76,6 +77,16 @@ def test_data_of_another_type_are_refused(data):
     """Not replaced by the recipe's own."""
     with pytest.raises(DataError, match=rf"type {type(data).__name__} cannot be trained on: give .*make_image_data"):
         Trainer(data, config=small.config())
+
+
+def test_what_needs_a_trained_decoder_says_so(tmp_path):
+    run = Trainer(small.digits(), config=small.config())
+    for ask in (run.evaluate, lambda: run.save(tmp_path / "run")):
+        with pytest.raises(RunError, match=r"call fit\(\) first"):
+            ask()
+    with pytest.raises(ConfigError, match="canaries = 0: expected at least 8"):
+        run.audit(0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_unlabelled_records_cannot_be_conditioned_on():

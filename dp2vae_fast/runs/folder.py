@@ -96,7 +96,7 @@ class RunFolder:
             for name, value in json.loads(json.dumps(config.to_dict()[table])).items()
             if name != "data" and known["config"][table].get(name) != value
         ]
-        engine = known["config"]["performance"]["engine"]  # what the report says of rounding depends on it
+        engine = known["config"]["performance"].get("engine")  # what the report says of rounding depends on it
         if engine != config.performance.engine:
             differences.append(f"engine was {engine!r} and is now {config.performance.engine!r}")
         if differences:
@@ -126,11 +126,26 @@ def read_run(path: Path) -> dict[str, Any]:
     """The identity of the run in ``path``: its recipe, configuration and data hash."""
     file = path / "curator" / "run.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        known = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path} holds no run (no curator/run.json): name the folder of one") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{file} cannot be read ({error}): the run cannot be used") from error
+    if not _is_identity(known):
+        raise RunError(f"{file} does not say what the run is made of: put back its own, or train into a new folder")
+    return known
+
+
+def _is_identity(known: Any) -> bool:
+    """Whether settings and data hash are there."""
+    if not isinstance(known, dict) or not isinstance(known.get("data_sha256"), str):
+        return False
+    tables = known.get("config")
+    return (
+        isinstance(tables, dict)
+        and set(Config().to_dict()) <= set(tables)
+        and all(isinstance(table, dict) for table in tables.values())
+    )
 
 
 def check_output(path: Path, *, resume: bool) -> None:

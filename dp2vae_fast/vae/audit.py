@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..config import ConfigError
 from ..engine.audit import Check, audit_subject
 from ..engine.audit.released import Released, Subject
 from ..engine.sampling import PoissonBatches
@@ -32,7 +33,7 @@ from .loop import StepMechanism, make_optimizer, privatize, step_on
 from .report import write_report
 from .stage import Stage
 
-CANARIES = 300
+CANARIES, LEAST_CANARIES = 300, 8
 _ORDINARY = 24
 _BATCH = 64  # records of the batch whose clipped sum must not shift
 _HOSTILE_LATENTS = (0.0, 1e-30, 1e4, -1e4, 1e30, float("inf"), float("nan"))
@@ -44,11 +45,13 @@ def audit_run(stage: Stage, make_stage: Callable[[ImageData], Stage], *, canarie
     Args:
         stage: the circumstances of an in-memory run with a seed, so that coins can be held fixed.
         make_stage: the same for other records, under the same seed and settings.
-        canaries: coins of the one-run bound.
+        canaries: coins of the one-run bound, at least :data:`LEAST_CANARIES`.
 
     Mechanisms of stage 1 are drawn once, and none of it is counted anywhere: whatever an audit prints or returns comes
     from records without a guarantee and stays with the curator.
     """
+    if canaries < LEAST_CANARIES:
+        raise ConfigError(f"canaries = {canaries}: expected at least {LEAST_CANARIES}")
     held = Held()
     one = held.stage(stage)
     pretrained = pretrain(one)

@@ -65,14 +65,17 @@ class Decoder(nn.Module):
             labels: int64 ``[n]``; drawn from ``label_weights`` where a conditional model is given none.
             generator: a CPU generator; the global one unless given.
 
-        Raises :class:`ModelError`: labels of another length or out of range, or labels for an unconditional model.
+        Raises :class:`ModelError`: a negative ``n``, labels of another type or length or out of range, or labels for an
+        unconditional model.
         """
+        if n < 0:
+            raise ModelError(f"n = {n}: give the number of images, 0 or more")
         device = self.label_weights.device
         if labels is None and self.spec.num_classes:
             labels = self.draw_labels(n, generator=generator)
         if labels is not None:
             self._check_labels(labels, n)
-            labels = labels.to(device)
+            labels = labels.to(device, torch.int64)
         z = torch.randn(n, self.spec.latent_dim, generator=generator).to(device)
         step = max(1, 2**22 // max(1, self.spec.image_shape[1] * self.spec.image_shape[2] * 64))
         parts = [
@@ -90,6 +93,8 @@ class Decoder(nn.Module):
         classes = self.spec.num_classes
         if not classes:
             raise ModelError("labels were given, but this decoder is not conditional: leave them out")
+        if labels.is_floating_point() or labels.is_complex():
+            raise ModelError(f"labels are {labels.dtype}: give the numbers of classes, as int64")
         if labels.shape != (n,):
             raise ModelError(f"labels have shape {list(labels.shape)}: give one label for each of the {n} samples")
         if n and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
