@@ -19,6 +19,7 @@ from dp2vae_fast.vae import audit, encoder, loop, moments
 from dp2vae_fast.vae.audit import audit_run, verdict, write_audit
 from dp2vae_fast.vae.data import load_images, make_image_data
 from dp2vae_fast.vae.encoder import MODES, EncoderMode
+from dp2vae_fast.vae.stage import plan_of
 
 ENGINE = ["contribution", "neighbours", "divisor", "noise", "sampler", "one-run epsilon"]
 
@@ -51,6 +52,23 @@ def test_modes_with_a_guarantee_pass_and_private_fails_in_the_encoder_shift(mode
     ]
     assert failed(checks) == ([] if MODES[mode].end_to_end else ["encoder shift"])
     assert checks["contribution"].measured > 0.99
+
+
+def test_stage_2_is_audited_with_the_optimizer_and_the_plan_of_the_run(monkeypatch):
+    made = []
+
+    def noted(*args, **rest):
+        made.append(args)
+        return privatize(*args, **rest)
+
+    privatize = audit.privatize
+    monkeypatch.setattr(audit, "privatize", noted)
+    settings = small.config(optimizer="sgd", momentum=0.5, weight_decay=0.1, max_memory_overhead=1.5)
+    stage = small.stage(small.digits(), settings)
+    audit.stage_2(stage, encoder.pretrain(stage), canaries=1)
+    _, optimizer, *_, plan = made[0]
+    assert (optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["weight_decay"]) == (0.5, 0.1)
+    assert plan == plan_of(settings)
 
 
 def test_several_samples_a_record_colour_and_no_labels():

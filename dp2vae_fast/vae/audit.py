@@ -31,7 +31,7 @@ from .held import Held
 from .latents import LatentCache, decoder_losses
 from .loop import StepMechanism, make_optimizer, privatize, step_on
 from .report import write_report
-from .stage import Stage
+from .stage import Stage, plan_of
 
 CANARIES, LEAST_CANARIES = 300, 8
 _ORDINARY = 24
@@ -85,10 +85,9 @@ def encoder_shift(stage: Stage, one: Pretrained, other: Pretrained) -> Check:
     batch = torch.arange(min(_BATCH, len(stage.train)))
     sums = []
     for pretrained in (one, other):
-        subject = stage_2(stage, pretrained, canaries=1)
-        released = Released(subject)
-        sums.append((released(batch) / released.sensitivity(), pretrained))
-    shift = float((sums[0][0] - sums[1][0]).norm())
+        released = Released(stage_2(stage, pretrained, canaries=1))
+        sums.append(released(batch) / released.sensitivity())
+    shift = float((sums[0] - sums[1]).norm())
     weights = zip(one.decoder.state_dict().values(), other.decoder.state_dict().values(), strict=True)
     moved = "" if all(torch.equal(a, b) for a, b in weights) else "; the first decoder shifts too"
     return Check(
@@ -128,7 +127,13 @@ def stage_2(stage: Stage, pretrained: Pretrained, *, canaries: int) -> Subject:
 
     decoder = copy.deepcopy(pretrained.decoder).train()
     optimization, step = config.optimization, stage.budget.step
-    optimizer = make_optimizer(optimization.optimizer, decoder, optimization.learning_rate)
+    optimizer = make_optimizer(
+        optimization.optimizer,
+        decoder,
+        optimization.learning_rate,
+        optimization.momentum,
+        optimization.weight_decay,
+    )
     keystream = stage.keys.keystream("audit")
     dp = StepMechanism(
         DP_SGD,
@@ -139,7 +144,8 @@ def stage_2(stage: Stage, pretrained: Pretrained, *, canaries: int) -> Subject:
         step.steps,
         config.model.iwae_samples,
     )
-    private_module, private_optimizer = privatize(decoder, optimizer, dp, keystream, config.performance.engine)
+    engine, plan = config.performance.engine, plan_of(config)
+    private_module, private_optimizer = privatize(decoder, optimizer, dp, keystream, engine, plan)
     private_module.train()
     batches = PoissonBatches(
         keystream.stream("audit/coins"),
