@@ -193,7 +193,9 @@ def audit(
 def plan(
     recipe: Annotated[str | None, typer.Option(help=f"One of {', '.join(recipes())}.")] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file of settings; a flag beats it.")] = None,
-    data: Annotated[str | None, typer.Option(help="As of train; only the images' shape matters.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="As of train, and refused as there; what matters is their shape and classes.")
+    ] = None,
     max_memory_overhead: Annotated[float | None, typer.Option(help="Peak memory over an ordinary step's.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Time the ways, on random numbers.")] = False,
     settings: Setting = None,
@@ -310,18 +312,25 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def _print_backends() -> None:
     """Op x backend: yes, or the number of the reason why not."""
-    rows = backends_table()
-    backends = list(dict.fromkeys(row.backend for row in rows))
-    reasons = list(dict.fromkeys(row.reason for row in rows if not row.available))
+    gaps = {(row.op, row.backend): row.reason or _missing_gpu(row.backend) for row in backends_table()}
+    backends = list(dict.fromkeys(backend for _, backend in gaps))
+    reasons = list(dict.fromkeys(filter(None, gaps.values())))
     table = Table("op", *backends)
-    for op in dict.fromkeys(row.op for row in rows):
-        cells = {row.backend: row for row in rows if row.op == op}
-        table.add_row(
-            op, *("yes" if cells[b].available else f"({reasons.index(cells[b].reason) + 1})" for b in backends)
-        )
+    for op in dict.fromkeys(op for op, _ in gaps):
+        cells = (gaps[op, backend] for backend in backends)
+        table.add_row(op, *(f"({reasons.index(gap) + 1})" if gap else "yes" for gap in cells))
     _out.print(table)
     for number, reason in enumerate(reasons, 1):
         _out.print(f"({number}) {reason}", highlight=False, soft_wrap=True)
+
+
+def _missing_gpu(backend: str) -> str:
+    """Why a backend whose kernels are there cannot run them on this machine; the empty string where it can."""
+    if backend not in ("cuda", "triton") or torch.cuda.is_available():
+        return ""
+    if backend == "triton" and importlib.import_module("dp2vae_fast.kernels._common").INTERPRETED:
+        return ""
+    return "its kernels are there, but no GPU to run them on"
 
 
 def _of_run(run: Path, changes: dict[str, Any]) -> tuple[Config, tuple[ImageData, ImageData]]:

@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 import small
+import torch
 from PIL import Image
 
-from dp2vae_fast import load_decoder, trainer
+from dp2vae_fast import backends_table, load_decoder, trainer
 from dp2vae_fast.vae.classifiers import EvaluationError
 
 TIMEOUT = 300
@@ -84,6 +85,7 @@ MISTAKES = {
         "fewer than the expected batch size",
     ),
     "epsilon zero": (lambda t: ["--epsilon", 0], "target_epsilon = 0"),
+    "epsilon below what any noise gives": (lambda t: ["--epsilon", 1e-9], "cannot be reached by any noise"),
     "impossible epsilon": (lambda t: ["--epsilon", 1e-6, "--steps", 1000000], "cannot be reached"),
     "unknown recipe": (lambda t: ["--recipe", "digit"], "did you mean digits"),
     "unknown setting": (lambda t: ["--set", "epsilon=3"], "unknown setting epsilon"),
@@ -250,12 +252,30 @@ def test_evaluate_refuses_other_records_than_the_runs(finished, capsys, monkeypa
 
 
 def test_info_names_every_op_and_the_reason_for_each_gap(capsys, monkeypatch):
-    from dp2vae_fast.ops import backends_table
-
     code, printed, _ = in_process(capsys, monkeypatch, "info")
     assert code == 0 and "torch:" in printed and "devices:" in printed
     for row in backends_table():
         assert row.op in printed and row.reason in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_info_marks_kernels_that_lack_a_gpu(capsys, monkeypatch):
+    common = pytest.importorskip("dp2vae_fast.kernels._common")
+    marks = []
+    for interpreted in (True, False):
+        monkeypatch.setattr(common, "INTERPRETED", interpreted)
+        marks.append("no GPU to run them on" in in_process(capsys, monkeypatch, "info")[1])
+    assert marks[1] and marks[0] == backends_are_there("cuda")
+
+
+def backends_are_there(name):
+    return any(row.available for row in backends_table() if row.backend == name)
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "dp2vae_fast", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0 and "evaluate" in done.stdout, done.stderr
 
 
 def test_colour_images_of_64_pixels_train_both_convolutional_presets(tmp_path, capsys, monkeypatch):

@@ -82,6 +82,11 @@ def _least_noise(
             accountant=privacy.accountant,
         )
     except ValueError as error:
+        if not spent and 0 < target_epsilon < math.inf:  # then no share of anything else is in the way
+            raise ConfigError(
+                f"target_epsilon = {target_epsilon:g} cannot be reached by any noise at delta = "
+                f"{privacy.target_delta:g} ({privacy.accountant}): raise one of them"
+            ) from error
         raise ConfigError(str(error)) from error
 
 

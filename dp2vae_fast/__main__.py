@@ -1,0 +1,5 @@
+"""``python -m dp2vae_fast`` is ``dp2vae``."""
+
+from .cli import main
+
+main()
