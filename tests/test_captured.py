@@ -311,6 +311,7 @@ def test_a_capture_that_fails_is_said_and_changes_nothing(monkeypatch):
 def test_batches_of_changing_size_are_never_captured():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "this process has drawn noise")
         _, _, module, optimizer, loader = make(None)
         batches = CapturedBatches(optimizer, losses_of(module))
         sizes = set()

@@ -123,6 +123,38 @@ def test_a_resumed_seeded_stream_continues_the_same_noise():
     assert torch.equal(draw(resumed), expected[3])
 
 
+def test_a_keystream_skips_with_every_stream_and_such_as_come_later():
+    keystream = Keystream.seeded(0)
+    first, second = keystream.stream("a"), keystream.stream("b")
+    first.advance_to(5, 1)
+    second.advance_to(2, 4)
+    assert keystream.position == (5, 4)
+    keystream.skip_to(3, 3)
+    assert (first.step, first.coin_step, second.step, second.coin_step) == (5, 3, 3, 4)
+    third = keystream.stream("c")
+    assert (third.step, third.coin_step) == (3, 3)
+    keystream.skip_to(0, 0)
+    assert (third.step, third.coin_step) == (3, 3) and keystream.position == (5, 4)
+
+
+def test_a_seeded_key_that_is_drawn_from_again_is_said(recwarn):
+    def generator():
+        return torch.Generator().manual_seed(1234567)
+
+    for make in (lambda: Keystream.seeded(1234567), lambda: Keystream.from_generator(generator())):
+        unused, used = make(), make()
+        used.stream("noise")
+        used.stream("coins")
+        assert not recwarn
+        with pytest.warns(UserWarning, match="equal noise cancels"):
+            unused.stream("noise")
+        unused.stream("coins")
+    for _ in range(2):
+        Keystream.seeded(1234567, once=False).stream("a run that repeats itself")
+        Keystream.secret().stream("noise")
+    assert not recwarn
+
+
 def test_sources_and_keys():
     assert Keystream.secret().source == "secret"
     assert not torch.equal(Keystream.secret().key_tensor(), Keystream.secret().key_tensor())

@@ -188,7 +188,6 @@ def test_checkpoints_restore_model_optimizer_and_accountant(tmp_path):
     again_engine, again, again_optimizer = fresh()
     again_engine.load_checkpoint(path=tmp_path / "c.pt", module=again, optimizer=again_optimizer)
     assert again_engine.accountant.history == [(1.0, 0.1, 3)]
-    again_optimizer.stream.advance_to(3)
     steps(again, again_optimizer, 2)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -226,6 +225,86 @@ def test_a_noise_generator_makes_noise_repeat_and_says_seeded():
         results.append([p.detach().clone() for p in model.parameters()])
         assert optimizer.stream.source == "seeded"
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def noise_of_steps(optimizer, count: int) -> list[Tensor]:
+    """What empty steps of SGD with learning rate 1 move the parameters by."""
+    moved = []
+    for _ in range(count):
+        before = [p.detach().clone() for p in optimizer.params]
+        optimizer.step()
+        moved.append(torch.cat([(p.detach() - b).flatten() for p, b in zip(optimizer.params, before, strict=True)]))
+    return moved
+
+
+def seeded_again(engine: PrivacyEngine, seed: int = 5, **options):
+    generator = torch.Generator().manual_seed(seed)
+    plain = nn.Linear(30, 20).to(D)
+    return engine.make_private(
+        module=plain,
+        optimizer=torch.optim.SGD(plain.parameters(), lr=1.0),
+        data_loader=DataLoader(TensorDataset(torch.zeros(24, 30, dtype=D)), batch_size=6),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        noise_generator=generator,
+        **options,
+    )
+
+
+def no_two_alike(draws: list[Tensor]) -> bool:
+    return not any((draws[i] == draws[j]).double().mean() > 0.1 for i in range(len(draws)) for j in range(i))
+
+
+@pytest.mark.parametrize("clipping", ["flat", "adaptive"])
+@pytest.mark.parametrize("made", ["before", "after"])
+def test_a_resumed_seeded_run_draws_no_noise_and_no_coins_again(tmp_path, clipping: str, made: str):
+    def fresh():
+        return PrivacyEngine(accountant="rdp", keystream=Keystream.seeded(77))
+
+    engine = fresh()
+    _, first, first_loader = seeded_again(engine, clipping=clipping)  # it goes further than the second
+    module, second, second_loader = seeded_again(engine, clipping=clipping)
+    coins = list(first_loader.batch_sampler) + list(second_loader.batch_sampler)
+    noise = noise_of_steps(first, 5) + noise_of_steps(second, 3)
+    engine.save_checkpoint(path=tmp_path / "c.pt", module=module, optimizer=second, checkpoint_dict={"epoch": 1})
+    expected = noise_of_steps(first, 3), list(first_loader.batch_sampler)
+
+    engine = fresh()
+    private = seeded_again(engine, clipping=clipping) if made == "before" else None
+    where = {"module": private[0], "optimizer": private[1]} if private else {"module": copy.deepcopy(module)}
+    rest = engine.load_checkpoint(path=tmp_path / "c.pt", **where)
+    assert rest["epoch"] == 1 and "keystream_position" not in rest
+    _, optimizer, loader = private or seeded_again(engine, clipping=clipping)
+    resumed = noise_of_steps(optimizer, 3), list(loader.batch_sampler)
+    assert no_two_alike(noise + resumed[0]) and not any(draw in coins for draw in resumed[1] if len(draw) > 2)
+    assert resumed[1] == expected[1]
+    if clipping == "flat":  # an adaptive bound begins anew, and scales the same noise
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(resumed[0], expected[0], strict=True))
+
+
+def test_an_old_checkpoint_counts_as_drawn_what_was_accounted(tmp_path):
+    engine = PrivacyEngine(accountant="rdp")
+    module, optimizer, _ = seeded_again(engine)
+    opacus.PrivacyEngine.save_checkpoint(engine, path=tmp_path / "c.pt", module=module, optimizer=optimizer)
+    noise = noise_of_steps(optimizer, 3)
+    opacus.PrivacyEngine.save_checkpoint(engine, path=tmp_path / "c.pt", module=module, optimizer=optimizer)
+    engine = PrivacyEngine(accountant="rdp")
+    module, optimizer, _ = seeded_again(engine)
+    engine.load_checkpoint(path=tmp_path / "c.pt", module=module, optimizer=optimizer)
+    assert no_two_alike(noise + noise_of_steps(optimizer, 3))
+
+
+def test_optimizers_of_one_engine_share_no_noise_whatever_their_generators():
+    """One seed for two models, of one engine: the difference of their updates must not be free of noise."""
+    engine = PrivacyEngine(keystream=Keystream.from_generator(torch.Generator().manual_seed(5)))
+    noise = [noise for _ in range(2) for noise in noise_of_steps(seeded_again(engine)[1], 2)]
+    assert no_two_alike(noise)
+
+
+def test_noise_that_another_engine_has_drawn_is_said():
+    seeded_again(PrivacyEngine(), seed=424242)
+    with pytest.warns(UserWarning, match="release one of them at most"):
+        seeded_again(PrivacyEngine(), seed=424242)
 
 
 def test_what_fused_mode_does_not_have_is_refused():

@@ -4,7 +4,8 @@ A `Keystream` owns the key and numbers the mechanisms; each `Stream` owns one me
 steps. As
 the ChaCha20 nonce is (mechanism, domain; step; parameter index), two draws could only meet if a step were
 taken twice: so steps only go forwards, they advance *before* the words are drawn, and neither class can be
-copied or pickled.
+copied or pickled. Of a secret key there is no second owner. A seeded one may be made again, to go on (`skip_to`) or to
+repeat a run; in one process that is said.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import os
 import secrets
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -24,6 +26,7 @@ from dp2vae_fast.ops import noise
 
 _MAX_STEP = 1 << 32  # a step is one word of the nonce
 _MAX_MECHANISM = 1 << 30
+_drawn_from: set[bytes] = set()  # fingerprints of the seeded keys that this process has drawn from
 
 
 def _derive(text: str, use: bytes) -> bytes:
@@ -48,20 +51,26 @@ class Keystream(_Unpicklable):
     Guarantees:
         The key is never shown by ``repr``, pickled or written anywhere. Every `stream` has a mechanism of
         its own.
+    Args:
+        once: warn where this process has drawn from the same key by another Keystream.
     Attributes:
         source: "secret", or "seeded" where the key follows from something that the caller knows.
         names: the name of every stream so far, by mechanism number.
+        fingerprint: tells keys apart. A seed could be guessed by it: it must not leave the process.
     """
 
-    __slots__ = ("_keys", "_lock", "_names", "_process", "source")
+    __slots__ = ("_keys", "_lock", "_once", "_process", "_start", "_streams", "fingerprint", "source")
 
-    def __init__(self, key: bytes, source: str) -> None:
+    def __init__(self, key: bytes, source: str, *, once: bool = False) -> None:
         if len(key) != 32:
             raise ValueError(f"key has {len(key)} bytes, expected 32")
         self.source = source
+        self.fingerprint = _derive(key.hex(), b"print")
+        self._once = once
         self._keys = {torch.device("cpu"): torch.frombuffer(bytearray(key), dtype=torch.int32)}
         self._lock = threading.Lock()
-        self._names: list[str] = []
+        self._streams: list[Stream] = []
+        self._start = 0, 0
         self._process = os.getpid()
 
     @classmethod
@@ -70,30 +79,59 @@ class Keystream(_Unpicklable):
         return cls(secrets.token_bytes(32), "secret")
 
     @classmethod
-    def seeded(cls, seed: int) -> Keystream:
-        """A key derived from `seed`, for reproducible runs: whoever knows the seed can subtract the noise."""
-        return cls(_derive(str(int(seed)), b"seed"), "seeded")
+    def seeded(cls, seed: int, *, once: bool = True) -> Keystream:
+        """A key derived from `seed`, for reproducible runs: whoever knows the seed can subtract the noise.
+
+        ``once=False`` is for a caller who sees to it that nothing but the same draws on the same data is repeated.
+        """
+        return cls(_derive(str(int(seed)), b"seed"), "seeded", once=once)
 
     @classmethod
     def from_generator(cls, generator: torch.Generator) -> Keystream:
         """A key derived from 256 bits drawn from `generator`, which advances. Its state is no secret."""
         words = torch.randint(-(2**31), 2**31, (8,), generator=generator, device=generator.device).tolist()
-        return cls(_derive(str(words), b"generator"), "seeded")
+        return cls(_derive(str(words), b"generator"), "seeded", once=True)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._names)
+        return tuple(stream.name for stream in self._streams)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """The first step, and the first coin step, that none of the streams so far has taken."""
+        each = [self._start, *((stream.step, stream.coin_step) for stream in self._streams)]
+        return max(step for step, _ in each), max(coin_step for _, coin_step in each)
+
+    def skip_to(self, step: int, coin_step: int) -> None:
+        """Go on from there at least, with every stream, such as are made later included: what a run before this one has
+        drawn from the same key is not drawn again."""
+        with self._lock:
+            self._start = max(step, self._start[0]), max(coin_step, self._start[1])
+            for stream in self._streams:
+                stream.advance_to(max(step, stream.step), max(coin_step, stream.coin_step))
 
     def __repr__(self) -> str:
-        return f"Keystream(source={self.source!r}, names={list(self._names)})"
+        return f"Keystream(source={self.source!r}, names={list(self.names)})"
 
     def stream(self, name: str) -> Stream:
         """A new mechanism of this key; every call gives another one, equal names included."""
         with self._lock:
-            if len(self._names) >= _MAX_MECHANISM:
+            if len(self._streams) >= _MAX_MECHANISM:
                 raise OverflowError(f"all {_MAX_MECHANISM} mechanisms of this Keystream are taken: make a new one")
-            self._names.append(name)
-            return Stream(self, name, len(self._names) - 1)
+            if self._once and not self._streams:
+                self._say_that_noise_repeats()
+            self._streams.append(Stream(self, name, len(self._streams)))
+            self._streams[-1].advance_to(*self._start)
+            return self._streams[-1]
+
+    def _say_that_noise_repeats(self) -> None:
+        if self.fingerprint in _drawn_from:
+            warnings.warn(
+                "this process has drawn noise from the same seed or generator state before, and equal noise cancels in "
+                "the difference of two results: release one of them at most, or give each a seed of its own",
+                stacklevel=3,
+            )
+        _drawn_from.add(self.fingerprint)
 
     def key_tensor(self, device: torch.device | str = "cpu") -> Tensor:
         """The key as the ops take it, int32 ``[8]``; kept once per device."""

@@ -70,6 +70,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         self.secure_rng = None
         self.dataset = None
         self.keystream = keystream or Keystream.secret()
+        self._keystreams = {self.keystream.fingerprint: self.keystream}  # all that this engine draws from
+        self._drawn: tuple[int, ...] = (0, 0)  # what of them a run before this one has drawn: steps and coin steps
         self._fused = True
         self._loader_options: dict[str, int | None] = {}
         self._counter = StepCounter(lambda: self.accountant)
@@ -118,7 +120,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             poisson_sampling: draw every record on its own coin. False leaves the loader as it is, and the accountant's
                 assumption unmet.
             clipping: "flat", "per_layer", "automatic" or "adaptive" (:mod:`.clipping`).
-            noise_generator: derive the key of the noise from it, for reproducible runs.
+            noise_generator: derive the key of the noise from it, for reproducible runs. Generators of one state give
+                models of one engine noise of their own, but two engines the same: the second is warned.
             grad_sample_mode: "fused", or one of Opacus' own.
             wrap_model: False puts the hooks on ``module`` itself, and returns an object for taking them off.
             rand_on_empty: only False in mode "fused", which takes empty batches as they are.
@@ -291,10 +294,21 @@ class PrivacyEngine(opacus.PrivacyEngine):
             private.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=sample_rate))
         return wrapped, private
 
+    def save_checkpoint(self, *, checkpoint_dict: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Opacus' ``save_checkpoint``, and how far noise and coins have been drawn."""
+        position = tuple(map(max, (0, 0), *(keystream.position for keystream in self._keystreams.values())))
+        super().save_checkpoint(checkpoint_dict=(checkpoint_dict or {}) | {"keystream_position": position}, **kwargs)
+
     def load_checkpoint(self, **kwargs: Any) -> dict:
-        """Opacus' ``load_checkpoint``; steps counted before share no draw with those to come."""
+        """Opacus' ``load_checkpoint``; steps counted before share no draw with those to come, and where the key is the
+        same, as with a seed, noise and coins go on behind theirs."""
         self._counter.forget()
-        return super().load_checkpoint(**kwargs)
+        checkpoint = super().load_checkpoint(**kwargs)
+        steps = sum(steps for *_, steps in self.accountant.history)
+        self._drawn = tuple(map(max, self._drawn, checkpoint.pop("keystream_position", (steps, steps))))
+        for keystream in self._keystreams.values():
+            keystream.skip_to(*self._drawn)
+        return checkpoint
 
     # Opacus' construction points ------------------------------------------------------------------------------------
 
@@ -342,13 +356,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
             )
         kwargs.pop("secure_mode", None)
         generator = kwargs.pop("noise_generator", None)
-        keystream = self.keystream if generator is None else Keystream.from_generator(generator)
+        keystream = self.keystream if generator is None else self._own(Keystream.from_generator(generator))
         several: dict[str, Ranks] = {}
         if self._ranks is not None:
             several["ranks"] = self._ranks
             self._ranks.agree(kwargs | {"secure_mode": self.secure_mode})
             self._ranks.check_parameters(optimizer)
-            keystream = self._ranks.share(keystream)
+            keystream = self._own(self._ranks.share(keystream))
         if isinstance(optimizer, OpacusDPOptimizer):
             optimizer = optimizer.original_optimizer
         capture = self._capture_of(optimizer)
@@ -422,7 +436,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if ranks is None:
             stream, share = self.keystream.stream("Poisson sampling"), (0, 1)
         else:
-            stream = ranks.own_stream(ranks.share(self.keystream), "Poisson sampling")
+            stream = ranks.own_stream(self._own(ranks.share(self.keystream)), "Poisson sampling")
             share = (ranks.rank, ranks.size)
         return PoissonDataLoader.from_data_loader(
             data_loader,
@@ -451,6 +465,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if loader.is_padded:
             optimizer.padded = True
             loader.on_batch = optimizer.next_physical_batch
+
+    def _own(self, keystream: Keystream) -> Keystream:
+        """The one of this engine that has the key of ``keystream``, for no two of them may draw the same."""
+        keystream = self._keystreams.setdefault(keystream.fingerprint, keystream)
+        keystream.skip_to(*self._drawn)
+        return keystream
 
     def _select(self, grad_sample_mode: str) -> None:
         self._fused = grad_sample_mode == FUSED

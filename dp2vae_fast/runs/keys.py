@@ -38,7 +38,7 @@ class RunKeys:
         """Where the noise and the coins of ``stage`` come from: the operating system, or the seed."""
         if self.seed is None:
             return Keystream.secret()
-        return Keystream.seeded(self._derive(f"noise {self.data_sha256} {stage}"))
+        return Keystream.seeded(self._derive(f"noise {self.data_sha256} {stage}"), once=False)
 
     def generator(self, purpose: str) -> torch.Generator:
         """Initial weights and reparametrisation noise.
