@@ -16,6 +16,7 @@ import small
 import torch
 
 from dp2vae_fast.runs.checkpoint import RunError, load_checkpoint, save_checkpoint
+from dp2vae_fast.runs.keys import RunKeys
 from dp2vae_fast.runs.ledger import Ledger
 from dp2vae_fast.trainer import Trainer
 from dp2vae_fast.vae.data import load_images
@@ -251,3 +252,48 @@ def test_one_seed_gives_other_noise_on_other_records():
     runs = [small.stage(small.digits(n), small.config()) for n in (200, 199)]
     keys = [run.keys.keystream("class means").key_tensor() for run in runs]
     assert not torch.equal(*keys)
+
+
+def test_a_run_may_repeat_its_own_keys_in_silence(recwarn):
+    for _ in range(2):
+        RunKeys(1, 0).keystream("class means").stream("class means")
+    assert not recwarn
+
+
+# Generators of latents ------------------------------------------------------------------------------------------------
+
+
+def test_generators_are_secret_beyond_the_32_bits_that_a_seed_is_worth(monkeypatch):
+    """Of a seed, PyTorch's generator takes the low 32 bits."""
+    plain = [torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in (12345, 12345 + 2**40)]
+    assert torch.equal(*plain)
+    monkeypatch.setattr("dp2vae_fast.runs.keys.secrets.randbits", lambda bits: 12345)
+    secret = [RunKeys(None, 0).generator("latents") for _ in range(2)]
+    monkeypatch.setattr(RunKeys, "_derive", lambda self, purpose: 12345 + 2**40 * self.number)
+    seeded = [RunKeys(1, number).generator("latents") for number in range(2)]
+    draws = [torch.randn(1000, generator=generator) for generator in (*secret, *seeded)] + [plain[0]]
+    assert not any((draws[i][:4] == draws[j][:4]).any() for i in range(len(draws)) for j in range(i))
+    states = [generator.get_state().view(torch.int64)[3 : 3 + 624] for generator in (*secret, *seeded)]
+    assert all(len(set(state.tolist())) > 600 for state in states)
+    assert torch.equal(RunKeys(1, 1).generator("latents").get_state(), RunKeys(1, 1).generator("latents").get_state())
+
+
+def test_the_state_lies_where_it_is_filled():
+    """The first word of MT19937 is the seed itself; nothing beside the words is changed."""
+    state = torch.Generator().manual_seed(12345 + 2**40).get_state().view(torch.int64)
+    assert state[3] == 12345 and 0 <= int(state[3:627].min()) and 2**31 < int(state[3:627].max()) < 2**32
+    filled = RunKeys(1, 0).generator("latents")
+    fresh = torch.Generator().manual_seed(filled.initial_seed()).get_state().view(torch.int64)
+    changed = (filled.get_state().view(torch.int64) != fresh).nonzero().flatten()
+    assert int(changed.min()) >= 3 and int(changed.max()) < 627 and len(changed) >= 623
+
+
+def test_what_filled_generators_draw_is_random_and_goes_on():
+    generator = RunKeys(None, 0).generator("latents")
+    uniform, normal = torch.rand(200_000, generator=generator), torch.randn(200_000, generator=generator)
+    counts = torch.histc(uniform, 100, 0, 1)
+    assert float((counts - 2000).square().sum() / 2000) < 99 + 6 * (2 * 99) ** 0.5
+    assert abs(float(normal.mean())) < 6 / 200_000**0.5 and abs(float(normal.var()) - 1) < 6 * (2 / 200_000) ** 0.5
+    again = torch.Generator()
+    again.set_state(generator.get_state())
+    assert torch.equal(torch.randn(1001, generator=again), torch.randn(1001, generator=generator))

@@ -19,6 +19,9 @@ from .checkpoint import fingerprint
 from .environment import circumstances
 from .ledger import Ledger
 
+# PyTorch's state of a generator on the CPU: three words of its own, then those of MT19937, all as 64 bits each.
+_HEADER, _WORDS = 3, 624
+
 
 @dataclass(frozen=True)
 class RunKeys:
@@ -44,14 +47,24 @@ class RunKeys:
         """Initial weights and reparametrisation noise.
 
         The guarantee needs the latter to be independent of the records and unknown to whoever sees the release: latents
-        are drawn by place in the batch, and only while they are exchangeable does a record change nobody else's.
+        are drawn by place in the batch, and only while they are exchangeable does a record change nobody else's. So the
+        whole state is filled: of a seed, PyTorch's generator on the CPU takes 32 bits.
         """
-        seed = secrets.randbits(63) if self.seed is None else self._derive(purpose) % 2**63
-        return torch.Generator().manual_seed(seed)
+        if self.seed is None:
+            seed, state = secrets.randbits(63), secrets.token_bytes(4 * _WORDS)
+        else:
+            seed, state = self._derive(purpose) % 2**63, hashlib.shake_256(self._text(purpose)).digest(4 * _WORDS)
+        generator = torch.Generator().manual_seed(seed)
+        whole = generator.get_state()
+        words = torch.frombuffer(bytearray(state), dtype=torch.int32).to(torch.int64) & 0xFFFFFFFF
+        whole.view(torch.int64)[_HEADER : _HEADER + _WORDS] = words
+        return generator.set_state(whole)
 
     def _derive(self, purpose: str) -> int:
-        text = f"{self.seed}/{self.number}/{self.mechanism}/{purpose}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
+        return int.from_bytes(hashlib.sha256(self._text(purpose)).digest(), "big")
+
+    def _text(self, purpose: str) -> bytes:
+        return f"{self.seed}/{self.number}/{self.mechanism}/{purpose}".encode()
 
 
 def take_keys(
