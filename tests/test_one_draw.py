@@ -376,6 +376,18 @@ def test_an_accountant_that_refuses_keeps_its_history():
             optimizer.step()
 
 
+def test_numbers_that_change_in_place_are_counted_as_they_were():
+    engine, _, module, optimizer, loader = private(None, noise=2.0)
+    optimizer.noise_multiplier = torch.tensor(2.0)
+    for (batch,) in loader:
+        backward(module, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.noise_multiplier.mul_(2.0)
+    assert engine.accountant.history == [(2.0, 1 / 3, 1), (4.0, 1 / 3, 1), (8.0, 1 / 3, 1)]
+    assert all(type(number) is float for *pair, _ in engine.accountant.history for number in pair)
+
+
 def test_steps_on_draws_of_their_own_stay_steps_of_their_own():
     engine, _, module, optimizer, loader = private(3, noise=2.0)
     for _ in range(2):

@@ -54,7 +54,8 @@ class StepCounter:
 
         def count(optimizer: Any) -> None:
             accountant, origins = self._accountant(), set(optimizer.origins)
-            z, rate = optimizer.noise_multiplier, min(1.0, sample_rate * optimizer.accumulated_iterations)
+            # Numbers of this moment: a tensor would go on changing in the history.
+            z, rate = float(optimizer.noise_multiplier), min(1.0, float(sample_rate) * optimizer.accumulated_iterations)
             rate = max([rate, *(s.sample_rate for s in self.samplers if any(o[1] == id(s) for o in origins))])
             before, last = list(accountant.history), list(self._last)
             try:
