@@ -348,6 +348,32 @@ def test_two_models_on_draws_of_their_own_are_accounted_one_by_one():
     assert sorted(engine.accountant.history) == [(3.0, 1 / 3, 1)] * 3 + [(4.0, 1 / 3, 1)] * 3
 
 
+@pytest.mark.parametrize("optimizer_of", ["first", "second"])
+@pytest.mark.parametrize("loader_of", ["first", "second"])
+def test_a_module_of_two_engines_has_the_draws_of_both(optimizer_of: str, loader_of: str):
+    """Each engine counts its own steps; neither may take several on one draw for draws of their own."""
+    engine, _, module, optimizer, loader = private(None, noise=2.0)
+    engines, optimizers, loaders = {"first": engine}, {"first": optimizer}, {"first": loader}
+    engines["second"] = PrivacyEngine(accountant="rdp")
+    _, optimizers["second"], loaders["second"] = engines["second"].make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=1.0),
+        data_loader=DataLoader(loader.dataset, batch_size=12),
+        noise_multiplier=2.0,
+        max_grad_norm=1.0,
+        loss_reduction="sum",
+    )
+    for (batch,) in loaders[loader_of]:
+        for _ in range(4):
+            if len(batch):
+                backward(module, batch)
+            optimizers[optimizer_of].step()
+            optimizers[optimizer_of].zero_grad()
+    draws, rate = {"first": (3, 1 / 3), "second": (2, 1 / 2)}[loader_of]
+    rate = 1 / 2 if optimizer_of == "second" else rate  # an optimizer's own rate is the least that is counted
+    assert engines[optimizer_of].accountant.history == [(pytest.approx(1.0), rate, draws)]
+
+
 def test_a_loaded_history_is_not_rewritten(tmp_path):
     engine, _, module, optimizer, loader = private(None, noise=2.0)
     batches = iter(loader)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from opacus.accountants import IAccountant
@@ -13,9 +13,29 @@ from .book import Origin
 from .sampling import PoissonSampler
 
 
-def in_use(samplers: Sequence[PoissonSampler]) -> set[Origin]:
+def in_use(samplers: Iterable[PoissonSampler]) -> set[Origin]:
     """The draws whose records the user has been given last."""
     return {("draw", id(s), *s.in_use) for s in samplers if s.in_use is not None}
+
+
+class Draws:
+    """The draws that the batches of a module may be on: those in use of its own loaders, or else of any loader of the
+    engines that it has them from."""
+
+    def __init__(self) -> None:
+        self.own: list[PoissonSampler] = []
+        self.counters: set[StepCounter] = set()
+
+    def add(self, sampler: PoissonSampler, counter: StepCounter) -> None:
+        """Another loader's ``sampler``, of the engine that counts by ``counter``; the engines before count its draws
+        too, should a batch of it reach their optimizers."""
+        self.own.append(sampler)
+        self.counters.add(counter)
+        for each in self.counters:
+            each.samplers.update(self.own)
+
+    def __call__(self) -> set[Origin]:
+        return in_use(self.own) or set().union(*(in_use(counter.samplers) for counter in self.counters))
 
 
 class _Counted(NamedTuple):
@@ -37,11 +57,12 @@ class StepCounter:
         accountant: gives the accountant.
 
     Attributes:
-        samplers: of all loaders of the engine, whose draws have their own rate.
+        samplers: of all loaders of the engine, whose draws have their own rate; and of such as other engines have made
+            for its modules.
     """
 
     def __init__(self, accountant: Callable[[], IAccountant]) -> None:
-        self.samplers: list[PoissonSampler] = []
+        self.samplers: set[PoissonSampler] = set()
         self._accountant = accountant
         self._last: deque[_Counted] = deque(maxlen=64)  # steps that others may share a draw with
 

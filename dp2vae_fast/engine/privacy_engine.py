@@ -18,17 +18,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from .book import Origin
 from .capture import Capture
 from .clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, GroupClipping
-from .counting import StepCounter, in_use
+from .counting import Draws, StepCounter
 from .distributed import DistributedDPOptimizer, Ranks
 from .keystream import Keystream
 from .loader import PoissonDataLoader, public_rate
 from .module import FusedGradSampleHooks, FusedGradSampleModule
 from .optimizer import DPOptimizer
 from .plan import Plan
-from .sampling import PoissonSampler
 
 FUSED = "fused"
 # Opacus' names of the options of adaptive clipping, and ours.
@@ -78,7 +76,6 @@ class PrivacyEngine(opacus.PrivacyEngine):
         self._ranks: Ranks | None = None  # those that train the module made private last
         if secure_mode and self.keystream.source != "secret":
             raise ValueError("secure_mode=True needs a secret keystream: pass Keystream.secret() or none")
-        self._own_samplers: weakref.WeakKeyDictionary[Capture, list[PoissonSampler]] = weakref.WeakKeyDictionary()
         self._captures: weakref.WeakKeyDictionary[nn.Module, Capture] = weakref.WeakKeyDictionary()
 
     def make_private(
@@ -451,16 +448,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def _join(self, optimizer: DPOptimizer, loader: PoissonDataLoader) -> None:
         """What the loader knows of its draws and the optimizer must."""
         optimizer.expected_batch_size = loader.expected_batch_size
-        own = self._own_samplers.setdefault(optimizer.capture, [])
-        own.append(loader.draws)
+        known = optimizer.capture.draws
+        optimizer.capture.draws = draws = known if isinstance(known, Draws) else Draws()
+        draws.add(loader.draws, self._counter)
         optimizer.pending.draws_in_step = loader.draws.in_step
-        self._counter.samplers.append(loader.draws)
-
-        def draws() -> set[Origin]:
-            """Those in use of the module's own loaders, or else of any loader of this engine."""
-            return in_use(own) or in_use(self._counter.samplers)
-
-        optimizer.capture.draws = draws
         loader.draws.begin_pass = optimizer.begin_pass
         if loader.is_padded:
             optimizer.padded = True
