@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from dp2vae_fast import backends_table, load_decoder, trainer
+from dp2vae_fast.runs import folder as run_folder
 from dp2vae_fast.vae.classifiers import EvaluationError
 
 TIMEOUT = 300
@@ -174,9 +175,9 @@ def test_a_run_writes_the_release_and_keeps_the_rest_apart(finished):
     out, done = finished
     released = {"decoder.json", "decoder.safetensors", "privacy.json", "privacy.md", "samples.png", "metrics.json"}
     assert {p.name for p in out.iterdir()} == released | {"curator"}
-    assert {"real.png", "history.csv", "curves.png", "ledger", "run.json"} <= {
-        p.name for p in (out / "curator").iterdir()
-    }
+    kept = {p.name for p in (out / "curator").iterdir()}
+    assert {"real.png", "history.csv", "curves.png", "ledger", "run.json"} <= kept
+    assert [name for name in released | kept if name not in str(run_folder.__doc__)] == []
     report = json.loads((out / "privacy.json").read_text())
     assert 4.8 < report["epsilon"] <= 5 and report["delta"] == 1e-5 and report["noise_source"] == "secret"
     assert set(report["released"]) == released - {"metrics.json"}

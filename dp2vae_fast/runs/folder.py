@@ -3,10 +3,12 @@
 ::
 
     OUT/decoder.safetensors  decoder.json  privacy.json  privacy.md  samples.png  metrics.json
-    OUT/curator/run.json  ledger  stage1.pt  DP-SGD.pt  history.csv  curves.png  real.png  audit.json
+    OUT/curator/run.json  ledger  audit.json  history.csv  curves.png  real.png
+    OUT/curator/stage1.pt  DP-SGD.pt  latents.f32  latents.f32.json, and of stage 1, by the encoder mode:
+                class-means.pt  covariance.pt  DP-SGD-of-the-encoder.pt  warm-start.pt  pre-training.pt
 
-Only what lies outside ``curator/`` may leave the curator's hands; ``metrics.json`` says itself which of its figures
-are private.
+Only what lies outside ``curator/`` may leave the curator's hands, without ``metrics.json``: no figure in it is private,
+as it says itself.
 """
 
 from __future__ import annotations
