@@ -163,17 +163,13 @@ class Trainer:
 
             return audit_run(stage(train), stage, canaries=canaries)
 
-    def plan(self, rows: int = 2) -> Plan:
-        """How stage 2 will take the decoder's per-sample gradients, layer by layer; nothing is trained or written.
-
-        Args:
-            rows: of the made-up batch that goes through the decoder. The plan does not depend on it.
-        """
+    def plan(self) -> Plan:
+        """How stage 2 will take the decoder's per-sample gradients, layer by layer; nothing is trained or written."""
         config = self.config
         device = find_device(config.performance.device)
         spec = model_spec(config, load_split(config, self._images)[0])
         decoder = build_decoder(spec).to(device)
-        rows *= config.model.iwae_samples
+        rows = 2 * config.model.iwae_samples  # made up; the plan does not depend on their number
         labels = torch.zeros(rows, dtype=torch.long, device=device) if spec.num_classes else None
         latents = torch.zeros(rows, spec.latent_dim, device=device)
         return plan_for(decoder, latents, labels, plan=plan_of(config), rows_per_record=config.model.iwae_samples)

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LIKELIHOODS = ("bernoulli", "gaussian")
-
 
 class ModelError(ValueError):
     """A model that cannot be built as asked; the message is one line that names the setting and the way out."""
