@@ -29,6 +29,7 @@ DP2VAE_INLINE float clip_factor(const Clipping& clipping, int64_t layers, double
   if (!(narrow - narrow == 0)) return 0;  // not finite
   const double down = 1 - static_cast<double>(layers + 6) * 0x1p-23;
   const double factor = clipping.max_grad_norm * down / (root(sum) + clipping.stability);
+  if (factor < 0x1p-126) return 0;  // below the normal range the cast would round by more, and up
   return static_cast<float>(clipping.normalizes || factor < 1 ? factor : 1.0);
 }
 

@@ -46,7 +46,8 @@ def factors_kernel(
         factor = tl.where(factor < 1.0, factor, 1.0)
     else:
         factor = tl.div_rn(tl.full((BLOCK,), numerator, tl.float32), bound + stability)
-    factor = tl.where(bound < float("inf"), factor, 0.0)  # NaN is not below it either
+    # NaN is in no range; below that of normal numbers the division would round by more, and up.
+    factor = tl.where((bound < float("inf")) & (factor >= 2.0**-126), factor, 0.0)
     tl.store(factors + n, factor, mask=inside)
 
 

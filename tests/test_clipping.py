@@ -9,11 +9,12 @@ import torch
 from cases import grads_one_by_one, record_loss
 from torch import Tensor, nn
 
-from dp2vae_fast import PrivacyEngine
+from dp2vae_fast import PrivacyEngine, ops
 from dp2vae_fast.engine.clipping import AdaptiveClipping, FlatClipping, GroupClipping, bounded_norms
 from dp2vae_fast.engine.gradients import Gradient, Kept
 from dp2vae_fast.engine.keystream import Keystream
 from dp2vae_fast.engine.products import ConvGeometry, ConvProduct, LinearProduct
+from dp2vae_fast.ops import _op
 
 D = torch.float64
 N = 7
@@ -40,6 +41,27 @@ def one_step(private: nn.Module, optimizer, model: nn.Module, batch: Tensor) -> 
     optimizer.step()
     optimizer.zero_grad()
     return [old - p.detach() for old, p in zip(before, model.parameters(), strict=True)]
+
+
+# Factors ---------------------------------------------------------------------------------------------
+
+BACKENDS = ["reference", *([] if _op._native_gap else ["cpp"])]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("bound", [1e-18, 1e-20, 1e-22, 1e-24, 1e-26])
+def test_huge_gradients_are_not_longer_than_a_tiny_bound(backend: str, normalize: bool, bound: float):
+    """Numbers below the normal range are rounded by more than any norm can count, and up."""
+    norm_sq = torch.logspace(36, 38, 300, dtype=D).float()[None]
+    error = torch.zeros_like(norm_sq)
+    if normalize:
+        factors = ops.normalize_factors(norm_sq, error, bound, 1e-3, backend=backend)
+    else:
+        factors = ops.clip_factors(norm_sq, error, bound, backend=backend)
+    assert (factors.double() * norm_sq[0].double().sqrt() <= bound).all()
+    assert ((factors == 0) | (factors >= torch.finfo(torch.float32).tiny)).all()
+    assert (factors > 0).any() == (bound > 1e-20) and (factors > 0).all() == (bound > 1e-19)
 
 
 # Per layer -------------------------------------------------------------------------------------------

@@ -222,3 +222,16 @@ def test_clip_factors_are_those_of_the_reference(host, stability):
     torch.testing.assert_close(out, op(norm_sq, error, *more, backend="reference"), rtol=4e-6, atol=0)
     if _C:
         assert same_bits(out, op(norm_sq, error, *more, backend="cpp"))
+
+
+@compiler
+@pytest.mark.parametrize("normalizes", [False, True])
+def test_clip_factors_below_the_normal_range_are_zero(host, normalizes):
+    norm_sq = (2.0 ** torch.linspace(110.0, 120.0, 200, dtype=torch.float64)).float()[None]
+    error, out = torch.zeros_like(norm_sq), torch.full((200,), math.nan)
+    tensors = [ctypes.c_void_p(x.data_ptr()) for x in (norm_sq, error, out)]
+    for bound in (2.0**-66, 2.0**-70, 2.0**-85):
+        shape = (ctypes.c_int64(1), ctypes.c_int64(200), ctypes.c_double(bound), ctypes.c_double(0.0))
+        host.factors(*tensors[:2], *shape, ctypes.c_bool(normalizes), tensors[2])
+        assert (out.double() * norm_sq[0].double().sqrt() <= bound).all()
+        assert not ((out > 0) & (out < 2.0**-126)).any()

@@ -123,6 +123,17 @@ def test_factors_of_special_records(clip: bool):
     assert found[5] == (1.0 if clip else pytest.approx(50.0))
 
 
+@pytest.mark.parametrize("clip", [True, False])
+def test_factors_below_the_normal_range_are_zero(clip: bool):
+    norm = 2.0 ** torch.linspace(55.0, 60.0, 200, dtype=torch.float64)
+    norm_sq = norm.square().float()[None].to(DEVICE)
+    for bound in (2.0**-60, 2.0**-66, 2.0**-70, 2.0**-85):
+        found = factors(clip, norm_sq, torch.zeros_like(norm_sq), bound, "triton")
+        assert bool((found.double() * norm_sq[0].double().sqrt() <= bound).all())
+        assert not bool(((found > 0) & (found < 2.0**-126)).any())
+    assert bool((factors(clip, norm_sq, torch.zeros_like(norm_sq), 2.0**-60, "triton") > 0).all())
+
+
 # --- normalisation layers ---------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,11 @@ def _norm_bound(norm_sq: Tensor, error: Tensor) -> tuple[Tensor, float]:
     return bound_sq.sqrt(), 1.0 - (norm_sq.shape[0] + 6) * torch.finfo(bound_sq.dtype).eps
 
 
+def _whole(factors: Tensor, bound: Tensor) -> Tensor:
+    """``factors``, and 0 where the bound is not finite or rounding was no longer relative: below the normal range."""
+    return torch.where(bound.isfinite() & (factors >= torch.finfo(factors.dtype).tiny), factors, 0.0)
+
+
 def _native(norm_sq: Tensor, error: Tensor, *_: float) -> bool | str:
     return norm_sq.dtype == error.dtype == torch.float32 or "the kernel takes float32"
 
@@ -33,12 +38,12 @@ def clip_factors(norm_sq: Tensor, error: Tensor, max_grad_norm: float) -> Tensor
     Guarantee:
         ``c[n] * g[n]`` is no longer than ``max_grad_norm``, the rounding of this division and of that product included.
     Edge cases:
-        A record whose sum is not finite gets exactly 0 (mask its rows too before a weighted sum: 0 * inf is NaN).
+        A record whose sum is not finite gets exactly 0 (mask its rows too before a weighted sum: 0 * inf is NaN),
+        and so does one whose factor is below the smallest normal number, which would be rounded by more, and up.
         A zero norm gets 1. N = 0 gives an empty tensor.
     """
     bound, rounding = _norm_bound(norm_sq, error)
-    factors = (max_grad_norm * rounding / bound).clamp(max=1.0)
-    return torch.where(bound.isfinite(), factors, 0.0)
+    return _whole((max_grad_norm * rounding / bound).clamp(max=1.0), bound)
 
 
 @op(native=_native)
@@ -52,4 +57,4 @@ def normalize_factors(norm_sq: Tensor, error: Tensor, max_grad_norm: float, stab
         as :func:`clip_factors`, but a zero norm gets ``max_grad_norm / stability``.
     """
     bound, rounding = _norm_bound(norm_sq, error)
-    return torch.where(bound.isfinite(), max_grad_norm * rounding / (bound + stability), 0.0)
+    return _whole(max_grad_norm * rounding / (bound + stability), bound)
