@@ -16,6 +16,7 @@ import small
 import torch
 
 from dp2vae_fast.runs.checkpoint import RunError, load_checkpoint, save_checkpoint
+from dp2vae_fast.runs.environment import circumstances
 from dp2vae_fast.runs.keys import RunKeys
 from dp2vae_fast.runs.ledger import Ledger
 from dp2vae_fast.trainer import Trainer
@@ -252,6 +253,16 @@ def test_one_seed_gives_other_noise_on_other_records():
     runs = [small.stage(small.digits(n), small.config()) for n in (200, 199)]
     keys = [run.keys.keystream("class means").key_tensor() for run in runs]
     assert not torch.equal(*keys)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("part", ["processor", "instruction_set"])
+def test_another_processor_is_another_machine(monkeypatch, device, part):
+    """A seeded run repeats its keys only where it repeats its bits."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    here = circumstances(torch.device(device))
+    monkeypatch.setattr(f"dp2vae_fast.ops.{part}", lambda: "another")
+    assert circumstances(torch.device(device)) != here
 
 
 def test_a_run_may_repeat_its_own_keys_in_silence(recwarn):

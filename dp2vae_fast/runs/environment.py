@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-from ..ops import backends_table
+from .. import ops
 
 
 def versions() -> dict[str, str]:
@@ -23,8 +23,7 @@ def versions() -> dict[str, str]:
 
 def circumstances(device: torch.device) -> str:
     """Everything outside the settings on which the bits of a result may depend."""
+    machine = [platform.machine(), ops.processor(), ops.instruction_set()]  # a GPU's host initialises and draws latents
     if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    else:
-        machine = platform.processor() + platform.machine()
-    return f"{sorted(versions().items())} {device.type} {machine} {torch.get_num_threads()} {backends_table()}"
+        machine.append(torch.cuda.get_device_name(device))
+    return f"{sorted(versions().items())} {device.type} {machine} {torch.get_num_threads()} {ops.backends_table()}"
