@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .guards import Look, Memory
 from .traced import TracedCalls
 from .verify import FirstBatch
 
 
 class Calls:
-    """Follows calls of a module and its parts; of an outermost one it counts the rows, lets the first batch remember
-    it, and puts its beginning and end into a graph that is traced.
+    """Follows calls of a module and its parts; of an outermost one it counts the rows, sees that it changes no memory,
+    lets the first batch remember it, and puts its beginning and end into a graph that is traced.
 
     Args:
         axis: where inputs have the batch.
@@ -30,17 +31,24 @@ class Calls:
     """
 
     def __init__(
-        self, axis: int, first_batch: FirstBatch, traced: TracedCalls, trainable: Callable[[], set[Tensor]]
+        self,
+        axis: int,
+        first_batch: FirstBatch,
+        traced: TracedCalls,
+        memory: Memory,
+        trainable: Callable[[], set[Tensor]],
     ) -> None:
         self.axis = axis
         self.first_batch = first_batch
         self.traced = traced
+        self.memory = memory
         self.trainable = trainable
         self.outermost: nn.Module | None = None
         self.sizes: set[int] = set()
         self.ticket: Tensor | None = None
         self.at_rest = False
         self._ticket_of: nn.Module | None = None
+        self._before: Look = {}  # the outermost call
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -75,6 +83,7 @@ class Calls:
         self.ticket = None
         if self.outermost is module:
             self.count(tree_leaves((args, kwargs)))
+        self._before = self.memory.look(closely=self.first_batch.waiting)
         if self.first_batch.waiting:
             self.first_batch.begin(module, args, kwargs, self.trainable())
 
@@ -84,6 +93,8 @@ class Calls:
             return self.first_batch.repeats.note(module, output)
         if self.outermost is None:
             self.sizes = set()
+            if not torch.compiler.is_compiling():
+                self.memory.compare(self._before)
         if self.ticket is not None:
             if module is not self._ticket_of:
                 return None

@@ -10,6 +10,7 @@ What the taps cannot see must not pass in silence:
 * a layer without a rule keeps parameters that autograd differentiates, and the two totals must agree;
 * the rows of every layer are counted against the inputs of the outermost call, so that positions or copies folded
   into the batch axis are not taken for records of their own;
+* no call in training mode may change a buffer or a parameter;
 * the first batch's gradients are checked against autograd's own.
 
 :mod:`.guards` and :mod:`.verify` hold these checks.
@@ -79,9 +80,9 @@ class Capture:
         self.book = Book()
         self.first_batch = FirstBatch(axis, self.taps, wanted=verify)
         self.traced = TracedCalls(self)
-        self.calls = Calls(axis, self.first_batch, self.traced, self.trainable)
+        self.memory = guards.Memory(module)
+        self.calls = Calls(axis, self.first_batch, self.traced, self.memory, self.trainable)
         self.hooks: list[Hooks] = []  # one a module, in their order
-        self.buffered: list[tuple[str, nn.Module]] = []  # with buffers of their own
         if any(Hooks.are_on(layer) for layer in module.modules()):
             raise ValueError("the module is private already: call cleanup() on what make_private returned for it")
         refusals = {
@@ -92,9 +93,6 @@ class Capture:
         for layer, refuse in refusals.items():  # before any hook is on: what is refused stays as it was
             refuse(layer, ())
         for number, (name, layer) in enumerate(module.named_modules()):
-            if next(layer.buffers(recurse=False), None) is not None:
-                self.buffered.append((name, layer))
-                self._handles += guards.watch_buffers(name, layer, self._watching)
             if layer in refusals:
                 self._handles.append(layer.register_forward_pre_hook(refusals[layer]))
             self.hooks.append(Hooks(self, number, name, layer))

@@ -7,12 +7,16 @@ mixed with another's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+_LOOKED_AT_CLOSELY = 3  # calls, and those that the check of the first batch waits for
+_VALUES = 2**16  # of a tensor, to know it by: frozen models may be large
 
 
 def refuse_in_training(message: str) -> Callable[[nn.Module, tuple], None]:
@@ -25,43 +29,87 @@ def refuse_in_training(message: str) -> Callable[[nn.Module, tuple], None]:
     return hook
 
 
-Versions = dict[str, tuple[Tensor, int]]
+@dataclass(frozen=True)
+class _Seen:
+    """A buffer or parameter as it was: the tensor, its version and address, and some of its values where wanted."""
+
+    tensor: Tensor
+    mark: tuple[int, int]
+    values: Tensor | None
+
+    def is_same(self, x: Tensor) -> bool:
+        if _mark(x) != self.mark:
+            return False
+        # As bytes: NaN is itself.
+        return self.values is None or torch.equal(self.values.view(torch.uint8), _some_values(x).view(torch.uint8))
 
 
-def buffer_versions(layer: nn.Module) -> Versions:
-    """The layer's own buffers and their versions, in training mode."""
-    if not layer.training:
-        return {}
-    found = {key: buffer for key, buffer in layer._buffers.items() if buffer is not None}
-    # Of inference tensors nobody counts the version.
-    return {key: (buffer, buffer._version) for key, buffer in found.items() if not buffer.is_inference()}
+Look = dict[tuple[str, str], _Seen]
+"""``{(layer, key): its buffer or parameter}``."""
 
 
-def refuse_changed_buffers(name: str, layer: nn.Module, before: Versions) -> None:
-    """What a buffer remembers of the records would be released without noise."""
-    for key, (buffer, version) in before.items():
-        if layer._buffers.get(key) is not buffer or buffer._version != version:
-            raise NotImplementedError(
-                f"layer {name!r} ({type(layer).__name__}) updates its buffer {key!r} in training mode: what it "
-                "remembers of the records would be released without noise. Put the layer in eval mode"
-            )
+class Memory:
+    """The buffers and parameters of a module. No call in training mode may change one, whoever's forward does it: what
+    they then remember of the records would be released without noise.
+
+    Versions and addresses tell most changes; an update by way of ``.data`` leaves them, so the first calls are watched
+    by values too.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._layers = dict(module.named_modules())
+        self._own = [(name, own) for name, m in self._layers.items() for own in (m._buffers, m._parameters)]
+        self._looks = 0
+
+    def look(self, *, closely: bool) -> Look:
+        """What there is when a call begins, for :meth:`compare`; ``closely`` by values. Nothing in eval mode."""
+        if not any(layer.training for layer in self._layers.values()):
+            return {}
+        self._looks += 1
+        closely = closely or self._looks <= _LOOKED_AT_CLOSELY
+        return {
+            place: _Seen(x, _mark(x), _some_values(x) if closely and _has_values(x) else None)
+            for place, x in self._tensors().items()
+        }
+
+    def compare(self, before: Look) -> None:
+        """What there was ``before``, which is used up, must be there, unchanged, and nothing else.
+
+        Raises:
+            NotImplementedError: a buffer or parameter was changed, added or taken away.
+        """
+        now = self._tensors() if before else {}
+        for name, key in {**before, **now}:
+            x, seen = now.get((name, key)), before.pop((name, key), None)
+            if x is None or seen is None or not seen.is_same(x):
+                kind = "buffer" if key in self._layers[name]._buffers else "parameter"
+                raise NotImplementedError(
+                    f"layer {name!r} ({type(self._layers[name]).__name__}) updates its {kind} {key!r} in training "
+                    "mode: what it remembers of the records would be released without noise. Put what updates it in "
+                    "eval mode or, where records have no part in it, update it between calls of the model"
+                )
+
+    def _tensors(self) -> dict[tuple[str, str], Tensor]:
+        found = ((name, key, x) for name, own in self._own for key, x in own.items())
+        return {(name, key): x for name, key, x in found if x is not None}
 
 
-def watch_buffers(name: str, layer: nn.Module, watching: Callable[[], bool]) -> list[Any]:
-    """Hooks that refuse a training forward which changes the layer's own buffers. (In a compiled graph buffers change
-    at its end: :mod:`.traced` compares them later.)"""
-    before: Versions = {}
+def _mark(x: Tensor) -> tuple[int, int]:
+    """What an update of ``x`` changes: its version, or where its data are. (A stand-in has those of its parameter.)"""
+    version = 0 if x.is_inference() else x._version
+    try:
+        return version, x.data_ptr()
+    except RuntimeError:  # a sparse tensor, or a subclass that has no data of its own
+        return version, id(x)
 
-    def note(layer: nn.Module, args: tuple) -> None:
-        before.clear()
-        if not torch.compiler.is_compiling() and watching():
-            before.update(buffer_versions(layer))
 
-    def compare(layer: nn.Module, args: tuple, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            refuse_changed_buffers(name, layer, before)
+def _has_values(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter) and x.layout is torch.strided and not x.is_meta
 
-    return [layer.register_forward_pre_hook(note), layer.register_forward_hook(compare)]
+
+def _some_values(x: Tensor) -> Tensor:
+    """At most :data:`_VALUES` entries, or few more: an update from records changes rows of a table, or all of it."""
+    return x.detach().reshape(-1)[:: 1 + x.numel() // _VALUES].clone()
 
 
 def refuse_unseen_use(name: str, parameter: Tensor, watching: Callable[[], bool]) -> list[Any]:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 
 class Hooks:
-    """The hooks on ``module``: round calls of the root or a container, and on a layer with parameters of its own.
+    """The hooks on ``module``: round calls of the root, a container or what has buffers alone, and on a layer with
+    parameters of its own.
 
     A copy of the module carries them too; they pass over it.
 
@@ -50,7 +51,8 @@ class Hooks:
         self._calls, self._taps, self._book = capture.calls, capture.taps, capture.book
         self._swapped: dict[str, Tensor] | None = None
         self._handles: list[Any] = []
-        if module is capture.module or next(module.children(), None) is not None:
+        whole = module is capture.module or next(module.children(), None) is not None
+        if whole or (module._buffers and not self.keys):
             self._handles += [
                 module.register_forward_pre_hook(self._open, with_kwargs=True),
                 module.register_forward_hook(self._close, always_call=True),

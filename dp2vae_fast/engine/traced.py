@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from . import guards
@@ -62,7 +62,7 @@ class _TracedCall:
     sizes: set[int]
     draws: set[Origin]
     first: Call | None  # to be checked against autograd
-    buffers: list[tuple[str, nn.Module, guards.Versions]]
+    before: guards.Look  # until the first report: in a compiled graph buffers change at its end
 
 
 class TracedCalls:
@@ -160,8 +160,8 @@ class TracedCalls:
             else:
                 for call in self._calls.values():
                     call.first = None
-        buffers = [(name, layer, guards.buffer_versions(layer)) for name, layer in capture.buffered]
-        self._calls[number] = _TracedCall(set(calls.sizes), capture.draws(), first, buffers)
+        before = capture.memory.look(closely=first_batch.waiting)
+        self._calls[number] = _TracedCall(set(calls.sizes), capture.draws(), first, before)
         while len(self._calls) > _CALLS_KEPT:
             del self._calls[next(iter(self._calls))]
         return number
@@ -178,8 +178,7 @@ class TracedCalls:
         if not capture.taps.wants_report():
             return
         capture.taps.arrived += 1
-        for name, module, before in call.buffers:
-            guards.refuse_changed_buffers(name, module, before)
+        capture.memory.compare(call.before)
         if layer != _MODEL:
             use = saved[0].clone(), [b.clone() for b in backprops]
             capture.hooks[layer].record_traced(keys, *use, call.sizes, call.draws)

@@ -1,0 +1,182 @@
+"""What a model remembers beside what the optimizer releases: no call in training mode may change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import record_loss
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dp2vae_fast import PrivacyEngine
+from dp2vae_fast.engine.capture import Capture
+
+Update = Callable[["Remembers", Tensor], None]
+
+
+class Statistics(nn.Module):
+    """A buffer that nobody's forward belongs to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+
+class Remembers(nn.Module):
+    """A layer, things that last beyond a call, and what its forward does to them in training mode."""
+
+    mean: Tensor
+
+    def __init__(self, update: Update = lambda m, h: None) -> None:
+        super().__init__()
+        self.linear, self.child, self.update = nn.Linear(4, 4), Statistics(), update
+        self.register_buffer("mean", torch.zeros(4))
+        self.frozen = nn.Parameter(torch.zeros(4), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.update(self, x.mean(0))
+        return self.linear(x - self.mean)
+
+
+def rebind(m: Remembers, h: Tensor) -> None:
+    m.mean = 0.9 * m.mean + 0.1 * h
+
+
+def point_elsewhere(m: Remembers, h: Tensor) -> None:
+    m.mean.data = m.mean + h
+
+
+UPDATES: dict[str, tuple[Update, str]] = {
+    "in place": (lambda m, h: m.mean.lerp_(h, 0.1), "layer '0' (Remembers) updates its buffer 'mean'"),
+    "another tensor": (rebind, "layer '0' (Remembers) updates its buffer 'mean'"),
+    "in place, by way of data": (lambda m, h: m.mean.data.mul_(0.9).add_(h), "buffer 'mean'"),
+    "other data": (point_elsewhere, "buffer 'mean'"),
+    "a child's": (lambda m, h: m.child.mean.add_(h), "layer '0.child' (Statistics) updates its buffer 'mean'"),
+    "a frozen parameter": (lambda m, h: m.frozen.add_(h), "layer '0' (Remembers) updates its parameter 'frozen'"),
+    "a frozen parameter, by way of data": (lambda m, h: m.frozen.data.add_(h), "parameter 'frozen'"),
+    "a trained parameter, by way of data": (lambda m, h: m.linear.bias.data.add_(h), "parameter 'bias'"),
+    "a new buffer": (lambda m, h: m.register_buffer("seen", h), "buffer 'seen'"),
+    "a new frozen parameter": (
+        lambda m, h: m.register_parameter("seen", nn.Parameter(h, requires_grad=False)),
+        "parameter 'seen'",
+    ),
+    "one taken away": (lambda m, h: m.child.register_buffer("mean", None), "buffer 'mean'"),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", UPDATES)
+def test_what_a_call_changes_is_refused(name: str):
+    update, message = UPDATES[name]
+    model = nn.Sequential(Remembers(update), nn.Tanh())
+    capture = Capture(model, verify=False)
+    model.eval()(torch.randn(3, 4))
+    model.train()
+    with pytest.raises(NotImplementedError) as refused:
+        model(torch.randn(3, 4))
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+    assert capture.records is None
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_updates_that_begin_later_are_refused_while_the_check_waits_and_afterwards_by_version(step: int):
+    def update(m: Remembers, h: Tensor) -> None:
+        if begun:
+            (m.mean if step else m.mean.data).add_(h)
+
+    model = nn.Sequential(Remembers(update), nn.Tanh())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = PrivacyEngine().privatize(
+        model, optimizer, noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=40
+    )
+    begun = False
+    for _ in range(step):
+        record_loss(model(torch.randn(40, 4))).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    begun = True
+    with pytest.raises(NotImplementedError, match="buffer 'mean'"):
+        model(torch.randn(40, 4))
+
+
+@pytest.mark.parametrize("part", ["bare", "linear"])
+def test_parts_called_one_by_one(part: str):
+    """The root is never called; a part that has buffers alone, and a mere layer."""
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean.data.add_(x.mean(0))
+            return x
+
+    class Layer(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            model["bare"].mean.data.add_(x.mean(0))
+            return super().forward(x)
+
+    model = nn.ModuleDict({"bare": Bare(), "linear": Layer(4, 4)})
+    Capture(model)
+    with pytest.raises(NotImplementedError, match=r"layer 'bare' \(Bare\) updates its buffer 'mean'"):
+        model[part](torch.randn(3, 4))
+
+
+def test_a_large_frozen_table_is_known_by_some_of_its_values():
+    def update(m: Remembers, h: Tensor) -> None:
+        m.table.data[5:9] += h
+
+    body = Remembers(update)
+    body.register_buffer("table", torch.zeros(200_000, 4))
+    Capture(nn.Sequential(body))
+    with pytest.raises(NotImplementedError, match="buffer 'table'"):
+        body(torch.randn(3, 4))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_stays_is_not_refused(reentrant: bool):
+    """Constants of all kinds, frozen statistics in eval mode, a recomputed part, and what changes between calls."""
+    body = Remembers()
+    body.register_buffer("none", None)
+    body.register_buffer("empty", torch.zeros(0))
+    body.register_buffer("nan", torch.tensor([torch.nan, torch.inf]))
+    body.register_buffer("turned", torch.randn(3, 5).T)
+    body.register_buffer("sparse", torch.eye(3).to_sparse())
+    body.register_buffer("nowhere", torch.zeros(3, device="meta"))
+    body.register_buffer("whether", torch.tensor(True))
+    with torch.inference_mode():
+        body.register_buffer("inferred", torch.zeros(3))
+    norm = nn.BatchNorm1d(4).eval().requires_grad_(False)
+    model = nn.ModuleDict({"norm": norm, "body": body, "head": nn.Linear(4, 2)})
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    _, optimizer = PrivacyEngine().privatize(
+        model, optimizer, noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=40
+    )
+    for _ in range(4):
+        h = checkpoint(body, norm(torch.randn(40, 4)).requires_grad_(), use_reentrant=reentrant)
+        record_loss(model["head"](h)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        body.frozen.data.add_(1.0)
+
+
+def test_an_interrupted_call_is_no_change():
+    class Interrupted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if interrupt:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    interrupt = True
+    model = nn.Sequential(Remembers(), Interrupted(4, 4))
+    Capture(model)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(3, 4))
+    interrupt = False
+    model(torch.randn(3, 4)).sum().backward()
