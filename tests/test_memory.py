@@ -91,7 +91,13 @@ def test_updates_that_begin_later_are_refused_while_the_check_waits_and_afterwar
     model = nn.Sequential(Remembers(update), nn.Tanh())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model, optimizer = PrivacyEngine().privatize(
-        model, optimizer, noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=40
+        model,
+        optimizer,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        sample_rate=0.1,
+        expected_batch_size=40,
+        loss_reduction="sum",
     )
     begun = False
     for _ in range(step):
@@ -156,7 +162,13 @@ def test_what_stays_is_not_refused(reentrant: bool):
     model = nn.ModuleDict({"norm": norm, "body": body, "head": nn.Linear(4, 2)})
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     _, optimizer = PrivacyEngine().privatize(
-        model, optimizer, noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=40
+        model,
+        optimizer,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        sample_rate=0.1,
+        expected_batch_size=40,
+        loss_reduction="sum",
     )
     for _ in range(4):
         h = checkpoint(body, norm(torch.randn(40, 4)).requires_grad_(), use_reentrant=reentrant)

@@ -48,7 +48,7 @@ class Calls:
         self.ticket: Tensor | None = None
         self.at_rest = False
         self._ticket_of: nn.Module | None = None
-        self._before: Look = {}  # the outermost call
+        self._before: Look | None = None  # the outermost call
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -94,7 +94,8 @@ class Calls:
         if self.outermost is None:
             self.sizes = set()
             if not torch.compiler.is_compiling():
-                self.memory.compare(self._before)
+                before, self._before = self._before, None
+                self.memory.compare(before)
         if self.ticket is not None:
             if module is not self._ticket_of:
                 return None

@@ -7,9 +7,8 @@ mixed with another's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,23 +28,18 @@ def refuse_in_training(message: str) -> Callable[[nn.Module, tuple], None]:
     return hook
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """A buffer or parameter as it was: the tensor, its version and address, and some of its values where wanted."""
+class Look(NamedTuple):
+    """The buffers and parameters of a module at one moment: where they are, what an update changes, and, where they are
+    looked at closely, some of their values."""
 
-    tensor: Tensor
-    mark: tuple[int, int]
-    values: Tensor | None
+    places: list[tuple[str, str]]
+    marks: list[tuple[int, int]]
+    values: list[Tensor | None] | None
 
-    def is_same(self, x: Tensor) -> bool:
-        if _mark(x) != self.mark:
-            return False
-        # As bytes: NaN is itself.
-        return self.values is None or torch.equal(self.values.view(torch.uint8), _some_values(x).view(torch.uint8))
-
-
-Look = dict[tuple[str, str], _Seen]
-"""``{(layer, key): its buffer or parameter}``."""
+    def by_place(self) -> dict[tuple[str, str], tuple[tuple[int, int], Tensor | None]]:
+        """Mark and values of each."""
+        values = self.values or [None] * len(self.places)
+        return dict(zip(self.places, zip(self.marks, values, strict=True), strict=True))
 
 
 class Memory:
@@ -61,37 +55,47 @@ class Memory:
         self._own = [(name, own) for name, m in self._layers.items() for own in (m._buffers, m._parameters)]
         self._looks = 0
 
-    def look(self, *, closely: bool) -> Look:
-        """What there is when a call begins, for :meth:`compare`; ``closely`` by values. Nothing in eval mode."""
+    def look(self, *, closely: bool) -> Look | None:
+        """What there is when a call begins, for :meth:`compare`; ``closely`` by values. None in eval mode."""
         if not any(layer.training for layer in self._layers.values()):
-            return {}
+            return None
         self._looks += 1
-        closely = closely or self._looks <= _LOOKED_AT_CLOSELY
-        return {
-            place: _Seen(x, _mark(x), _some_values(x) if closely and _has_values(x) else None)
-            for place, x in self._tensors().items()
-        }
+        return self._look(closely or self._looks <= _LOOKED_AT_CLOSELY)
 
-    def compare(self, before: Look) -> None:
-        """What there was ``before``, which is used up, must be there, unchanged, and nothing else.
+    def compare(self, before: Look | None) -> None:
+        """What there was ``before`` must be there, unchanged, and nothing else.
 
         Raises:
             NotImplementedError: a buffer or parameter was changed, added or taken away.
         """
-        now = self._tensors() if before else {}
-        for name, key in {**before, **now}:
-            x, seen = now.get((name, key)), before.pop((name, key), None)
-            if x is None or seen is None or not seen.is_same(x):
-                kind = "buffer" if key in self._layers[name]._buffers else "parameter"
-                raise NotImplementedError(
-                    f"layer {name!r} ({type(self._layers[name]).__name__}) updates its {kind} {key!r} in training "
-                    "mode: what it remembers of the records would be released without noise. Put what updates it in "
-                    "eval mode or, where records have no part in it, update it between calls of the model"
-                )
+        if before is None:
+            return
+        now = self._look(before.values is not None)
+        if now[:2] == before[:2] and all(map(_equal, now.values or (), before.values or ())):
+            return
+        seen, found = before.by_place(), now.by_place()
+        name, key = next(place for place in {**seen, **found} if not _same(seen.get(place), found.get(place)))
+        kind = "buffer" if key in self._layers[name]._buffers else "parameter"
+        raise NotImplementedError(
+            f"layer {name!r} ({type(self._layers[name]).__name__}) updates its {kind} {key!r} in training "
+            "mode: what it remembers of the records would be released without noise. Put what updates it in "
+            "eval mode or, where records have no part in it, update it between calls of the model"
+        )
 
-    def _tensors(self) -> dict[tuple[str, str], Tensor]:
-        found = ((name, key, x) for name, own in self._own for key, x in own.items())
-        return {(name, key): x for name, key, x in found if x is not None}
+    def _look(self, closely: bool) -> Look:
+        there = [(name, key, x) for name, own in self._own for key, x in own.items() if x is not None]
+        values = [_some_values(x) if _has_values(x) else None for *_, x in there] if closely else None
+        return Look([(name, key) for name, key, _ in there], [_mark(x) for *_, x in there], values)
+
+
+def _same(one: tuple[Any, Tensor | None] | None, other: tuple[Any, Tensor | None] | None) -> bool:
+    return one is not None and other is not None and one[0] == other[0] and _equal(one[1], other[1])
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and torch.equal(one.view(torch.uint8), other.view(torch.uint8))  # NaN is itself
 
 
 def _mark(x: Tensor) -> tuple[int, int]:

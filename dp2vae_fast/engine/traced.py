@@ -62,7 +62,7 @@ class _TracedCall:
     sizes: set[int]
     draws: set[Origin]
     first: Call | None  # to be checked against autograd
-    before: guards.Look  # until the first report: in a compiled graph buffers change at its end
+    before: guards.Look | None  # until the first report: in a compiled graph buffers change at its end
 
 
 class TracedCalls:
@@ -178,7 +178,8 @@ class TracedCalls:
         if not capture.taps.wants_report():
             return
         capture.taps.arrived += 1
-        capture.memory.compare(call.before)
+        before, call.before = call.before, None
+        capture.memory.compare(before)
         if layer != _MODEL:
             use = saved[0].clone(), [b.clone() for b in backprops]
             capture.hooks[layer].record_traced(keys, *use, call.sizes, call.draws)
