@@ -3,7 +3,9 @@ that share a draw are accounted as what they are."""
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -372,6 +374,55 @@ def test_a_module_of_two_engines_has_the_draws_of_both(optimizer_of: str, loader
     draws, rate = {"first": (3, 1 / 3), "second": (2, 1 / 2)}[loader_of]
     rate = 1 / 2 if optimizer_of == "second" else rate  # an optimizer's own rate is the least that is counted
     assert engines[optimizer_of].accountant.history == [(pytest.approx(1.0), rate, draws)]
+
+
+def test_an_engine_keeps_no_model_alive():
+    """Such as is no longer private: PyTorch does not see through the hooks on a private one's parameters."""
+    engine = PrivacyEngine(accountant="rdp")
+    models = []
+    for _ in range(3):
+        for module, optimizer, loader in two_models(engine):
+            models.append(weakref.ref(module._module))
+            backward(module, next(iter(loader))[0])
+            optimizer.step()
+            module.cleanup()
+    del module, optimizer, loader
+    gc.collect()
+    assert [model() for model in models] == [None] * 6
+    assert not engine._counter.samplers and not engine._captures
+    assert sorted(engine.accountant.history) == [(3.0, 1 / 3, 1)] * 3 + [(4.0, 1 / 3, 1)] * 3
+
+
+def test_models_that_are_gone_share_no_batch_with_those_after_them():
+    """What tells batches apart must not come again, as an address does."""
+    engine = PrivacyEngine(accountant="rdp")
+    for _ in range(20):
+        model = nn.Linear(3, 2).to(D)
+        module, optimizer = engine.privatize(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            noise_multiplier=2.0,
+            max_grad_norm=1.0,
+            sample_rate=0.1,
+            expected_batch_size=4,
+        )
+        backward(module, torch.randn(4, 3, dtype=D))
+        optimizer.step()
+        del model, module, optimizer
+        gc.collect()
+    assert engine.accountant.history == [(2.0, 0.1, 20)]
+
+
+def test_a_draw_outlives_its_loader_as_long_as_its_model():
+    engine, _, module, optimizer, loader = private(None, noise=2.0)
+    (batch,) = next(iter(loader))
+    del loader
+    gc.collect()
+    for _ in range(4):
+        backward(module, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert engine.accountant.history == [(pytest.approx(1.0), 1 / 3, 1)]
 
 
 def test_a_loaded_history_is_not_rewritten(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from .gradients import Gradient, Kept
 
 Origin = tuple[str, int, int, int | None]
-"""Where gradients come from: ``("draw", id of a sampler, number, its records)``, or ``("batch", id of a book,
+"""Where gradients come from: ``("draw", number of a sampler, number, its records)``, or ``("batch", number of a book,
 number, None)``."""
 
 
@@ -27,7 +28,10 @@ class Book:
         records: of the backward passes since the book was empty; None if there was none.
     """
 
+    _numbers = count()  # unlike an id, none comes again when a book is gone
+
     def __init__(self) -> None:
+        self._number = next(self._numbers)
         self.uses: dict[Tensor, list[Gradient]] = {}
         self.dropped: set[Tensor] = set()
         self.records: int | None = None
@@ -38,7 +42,7 @@ class Book:
     @property
     def origins(self) -> set[Origin]:
         """What the entries come from: this batch, and the draws that its forwards were on."""
-        return {("batch", id(self), self._batch, None), *self._draws}
+        return {("batch", self._number, self._batch, None), *self._draws}
 
     def holds(self, parameters: Iterable[Tensor]) -> bool:
         """Whether there are entries of any of ``parameters``."""

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 from opacus.accountants import IAccountant
 
@@ -15,7 +16,7 @@ from .sampling import PoissonSampler
 
 def in_use(samplers: Iterable[PoissonSampler]) -> set[Origin]:
     """The draws whose records the user has been given last."""
-    return {("draw", id(s), *s.in_use) for s in samplers if s.in_use is not None}
+    return {("draw", s.number, *s.in_use) for s in samplers if s.in_use is not None}
 
 
 class Draws:
@@ -62,7 +63,7 @@ class StepCounter:
     """
 
     def __init__(self, accountant: Callable[[], IAccountant]) -> None:
-        self.samplers: set[PoissonSampler] = set()
+        self.samplers: WeakSet[PoissonSampler] = WeakSet()  # each has a loader, an optimizer and with it a model
         self._accountant = accountant
         self._last: deque[_Counted] = deque(maxlen=64)  # steps that others may share a draw with
 
@@ -77,7 +78,8 @@ class StepCounter:
             accountant, origins = self._accountant(), set(optimizer.origins)
             # Numbers of this moment: a tensor would go on changing in the history.
             z, rate = float(optimizer.noise_multiplier), min(1.0, float(sample_rate) * optimizer.accumulated_iterations)
-            rate = max([rate, *(s.sample_rate for s in self.samplers if any(o[1] == id(s) for o in origins))])
+            drawn = [s.sample_rate for s in self.samplers if any(o[:2] == ("draw", s.number) for o in origins)]
+            rate = max([rate, *drawn])
             before, last = list(accountant.history), list(self._last)
             try:
                 for counted in [c for c in last if c.origins & origins]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
+from weakref import WeakSet
 
 import opacus
 import torch
@@ -76,7 +76,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         self._ranks: Ranks | None = None  # those that train the module made private last
         if secure_mode and self.keystream.source != "secret":
             raise ValueError("secure_mode=True needs a secret keystream: pass Keystream.secret() or none")
-        self._captures: weakref.WeakKeyDictionary[nn.Module, Capture] = weakref.WeakKeyDictionary()
+        self._captures: WeakSet[Capture] = WeakSet()  # of the modules made private, which hold them
 
     def make_private(
         self,
@@ -331,7 +331,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                     "the module is a copy of a private one, or no longer private: pass the plain module, "
                     "module.to_standard_module()"
                 )
-            self._captures[module._module] = module.capture
+            self._captures.add(module.capture)
             return module
         if isinstance(module, AbstractGradSampleModule):
             raise ValueError(
@@ -340,7 +340,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             )
         wrapper = FusedGradSampleModule if kwargs.get("wrap_model", True) else FusedGradSampleHooks
         hooks = wrapper(module, batch_first=batch_first, loss_reduction=kwargs.get("loss_reduction", "mean"))
-        self._captures[module] = hooks.capture
+        self._captures.add(hooks.capture)
         return hooks
 
     def _prepare_optimizer(self, *, optimizer: Optimizer, grad_sample_mode: str = FUSED, **kwargs: Any) -> Any:
@@ -475,8 +475,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def _capture_of(self, optimizer: Optimizer) -> Capture:
         """The capture of the module that the optimizer's parameters belong to."""
         parameters = {p for group in optimizer.param_groups for p in group["params"]}
-        for module, capture in self._captures.items():
-            if parameters <= set(module.parameters()):
+        for capture in self._captures:
+            if capture.attached and parameters <= set(capture.module.parameters()):
                 return capture
         raise ValueError("the optimizer's parameters are not those of a module that this engine made private")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
@@ -83,12 +84,14 @@ class PoissonSampler(UniformWithReplacementSampler):
         share: ``(rank, ranks)``: only every ``ranks``-th record, from ``rank`` on, is this sampler's to draw.
 
     Attributes:
+        number: of this sampler alone.
         begin_pass: called at the start of a pass; true if it cut another one short, whose draws must then end.
         in_use: number and size of the draw whose records the user has been given last; None where nobody says. The
             size is None where workers fetch ahead.
         in_step: draws are made when they are asked for, not ahead.
     """
 
+    _numbers = count()  # unlike an id, none comes again when a sampler is gone
     begin_pass: Callable[[], bool] | None = None
     in_use: tuple[int, int | None] | None = None
     in_step: bool = False
@@ -96,6 +99,7 @@ class PoissonSampler(UniformWithReplacementSampler):
     def __init__(
         self, stream: Stream, *, dataset_size: int, sample_rate: float, steps: int, share: tuple[int, int] = (0, 1)
     ) -> None:
+        self.number = next(self._numbers)
         self.stream = stream
         self.share = share
         self.num_samples = len(range(share[0], dataset_size, share[1]))
