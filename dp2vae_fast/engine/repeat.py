@@ -1,9 +1,11 @@
-"""Outermost calls of the model that can be run again, and autograd's gradients of a second run."""
+"""Outermost calls of the model that can be run again: autograd's gradients of a second run, and what records get that
+are run alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,11 @@ from .precision import autocast_as
 
 _SAME = {torch.float64: 1e-8, torch.float32: 1e-4}  # how equal a second run must be, and otherwise 1e-2
 _KNOWN_BY = 64  # rows of an output that a second run must give again
+# How far outputs of records alone may be from those in the batch: a part of what tells records apart and one of the
+# whole, for products of other shapes round otherwise (as TF32 and the plain ones do), and deep models carry that on.
+# Half of what statistics of a batch are is gone with all but two records.
+_ALONE = {torch.float64: (1e-6, 1e-9), torch.float32: (1e-2, 1e-3)}
+_COARSE = (0.1, 1e-2)
 
 
 @dataclass
@@ -30,6 +37,7 @@ class Call:
     shapes: list[torch.Size] = field(default_factory=list)  # of these
     outputs: list[Tensor] = field(default_factory=list)  # the first rows of them, to know them again
     backprops: list[Tensor] = field(default_factory=list)
+    draws: bool = False  # random numbers
 
 
 class CannotRepeat(Exception):
@@ -47,6 +55,7 @@ class Repeats:
         self.axis = axis
         self._repeating: Call | None = None
         self._repeated: list[Any] = []
+        self._choice = torch.Generator().manual_seed(0)
 
     def remember(
         self, module: nn.Module, args: tuple, kwargs: dict, trainable: set[Tensor], autocast: torch.dtype | None
@@ -61,6 +70,8 @@ class Repeats:
         """What a second run must give again."""
         call.shapes = [x.shape for x in outputs]
         call.outputs = [self._first_rows(x.detach()).clone() for x in outputs]
+        now = _random_states(device_of((call.args, call.kwargs)))
+        call.draws = not all(torch.equal(now[device], state) for device, state in call.random.items())
 
     def note(self, module: nn.Module, output: Any) -> None:
         """While a call is run again: a container returned ``output``; hooks that came later may still change it."""
@@ -91,30 +102,82 @@ class Repeats:
         gradients = dict(zip(used, found, strict=True))
         return [gradients.get(p) for p in parameters]
 
-    def _run_again(self, call: Call) -> list[Tensor]:
-        """The tapped outputs of a second run, with their graph.
+    def mixes(self, call: Call, records: int, rows_per_record: int) -> bool:
+        """Whether records get other outputs two at a time than they got among all ``records`` of the call.
+
+        False where nobody can tell: the call draws random numbers, its inputs cannot be cut, or there are too few
+        records among the rows that its outputs are known by.
+        """
+        known = min(records, _KNOWN_BY // rows_per_record)
+        many = min(2, known // 2)
+        if call.draws or many * rows_per_record < 2:  # a single row would fit whatever it is added to
+            return False
+        chosen = torch.randperm(known, generator=self._choice).tolist()
+        parts = [sorted(chosen[:many]), sorted(chosen[many : 2 * many])]
+
+        def rows_of(part: list[int], x: Any, rows: int) -> Tensor:
+            each = rows // records
+            place = torch.tensor([record * each + i for record in part for i in range(each)], device=x.device)
+            return x.detach().index_select(self.axis, place)
+
+        def has_rows(shape: torch.Size) -> bool:
+            return len(shape) > self.axis and shape[self.axis] in (records, records * rows_per_record)
+
+        def cut(part: list[int], x: Any) -> Any:
+            if not isinstance(x, Tensor) or not has_rows(x.shape):
+                return x
+            return rows_of(part, x, x.shape[self.axis]).requires_grad_(x.requires_grad)
+
+        try:
+            with torch.random.fork_rng([d for d in call.random if d.type != "cpu"]):
+                runs = [self._run(call, tree_map(partial(cut, part), (call.args, call.kwargs))) for part in parts]
+        except CannotRepeat:
+            return False
+        coarse = call.autocast or any(x.dtype not in _ALONE for x in (*call.outputs, *call.trainable))
+        for alone, before, shape in zip(zip(*runs, strict=True), call.outputs, call.shapes, strict=True):
+            if not has_rows(shape) or before.is_complex():
+                continue
+            together = [rows_of(part, before, shape[self.axis]) for part in parts]
+            if all(a.shape == b.shape for a, b in zip(alone, together, strict=True)):
+                share, floor = _COARSE if coarse else _ALONE[before.dtype]
+                a, b = (
+                    torch.cat([x.detach().nan_to_num(0, 0, 0).double() for x in xs], self.axis)
+                    for xs in (alone, together)
+                )
+                between = b - b.mean(self.axis, keepdim=True)
+                if float((a - b).norm()) > share * float(between.norm()) + floor * float(b.norm()):
+                    return True
+        return False
+
+    def _run(self, call: Call, inputs: tuple[tuple, dict]) -> list[Tensor]:
+        """The tapped outputs of a run on ``inputs``, with their graph.
 
         Raises:
-            CannotRepeat: they are not those of the first.
+            CannotRepeat: it does not return such outputs.
         """
         name = type(call.module).__name__
         self._repeating, self._repeated = call, []
         try:
             _set_random_states(call.random)
-            with torch.enable_grad():
-                try:
-                    args, kwargs = tree_map(
-                        lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs)
-                    )
-                    with autocast_as(device_of((args, kwargs)).type, call.autocast):
-                        call.module(*args, **kwargs)
-                except Exception as error:
-                    raise CannotRepeat(f"a second run of {name} raises {error!r}") from error
+            with torch.enable_grad(), autocast_as(device_of(inputs).type, call.autocast):
+                args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+                call.module(*args, **kwargs)
             outputs = [x for i, x in enumerate(self._repeated) if i in call.tapped and isinstance(x, Tensor)]
+        except Exception as error:
+            raise CannotRepeat(f"a second run of {name} raises {error!r}") from error
         finally:
             self._repeating, self._repeated = None, []
         if len(outputs) != len(call.tapped):
             raise CannotRepeat(f"a second run of {name} returns something else")
+        return outputs
+
+    def _run_again(self, call: Call) -> list[Tensor]:
+        """The same of a run on the call's own inputs.
+
+        Raises:
+            CannotRepeat: they are not those of the first.
+        """
+        outputs = self._run(call, (call.args, call.kwargs))
         for again, shape, before in zip(outputs, call.shapes, call.outputs, strict=True):
             size = float(before.abs().max()) if before.numel() else 0.0
             same = 1e-2 if call.autocast else _SAME.get(before.dtype, 1e-2)
@@ -123,8 +186,8 @@ class Repeats:
             )
             if not close:
                 raise CannotRepeat(
-                    f"a second run of {name} on the same inputs, from the same state of PyTorch's random numbers, "
-                    "gives something else"
+                    f"a second run of {type(call.module).__name__} on the same inputs, from the same state of "
+                    "PyTorch's random numbers, gives something else"
                 )
         return outputs
 

@@ -3,7 +3,8 @@
 Hooks see what layers are called with; they cannot see what else a model does. So the first batch is run again, with
 the hooks at rest and the same random numbers, and differentiated by autograd with the rows of the output's gradient
 weighted by random numbers, one a record. The same numbers weight the captured gradients. Where rows change places
-inside the model, a layer works on something else than records, or records are mixed, the two differ.
+inside the model, a layer works on something else than records, or records are mixed, the two differ. What mixes records
+without a gradient (a batch's mean taken from the inputs) is seen by its outputs: two records alone must get the same.
 
 A batch of few records, or one that leaves a parameter without a gradient (a last layer that starts at zero), proves
 little; then the next is checked too.
@@ -57,6 +58,7 @@ class _Weighed:
     calls: list[Call]
     rows: Tensor | None
     records: int
+    rows_per_record: int
     captured: list[_Captured]
 
 
@@ -194,7 +196,7 @@ class FirstBatch:
             for g in uses:
                 total = _plus(total, g.weighted_sum(weights).to(_wide(p)))
             captured.append(_Captured(name, p, total, size))
-        self._weighed = _Weighed(calls, rows, records, captured)
+        self._weighed = _Weighed(calls, rows, records, rows_per_record, captured)
 
     def compare(self) -> None:
         """Compare what :meth:`weigh` left, if anything, with autograd's gradients.
@@ -234,6 +236,15 @@ class FirstBatch:
                 raise NotImplementedError(self._refused)
             if captured.size > floor * whole:
                 self.proved.add(p)
+        for call in weighed.calls:
+            if self.repeats.mixes(call, weighed.records, weighed.rows_per_record):
+                self._refused = (
+                    f"the model mixes records: {type(call.module).__name__} returns something else for two records "
+                    "alone than for the same two in the batch. Let every record's output depend on that record alone: "
+                    "normalise by public constants, or within a record (GroupNorm, LayerNorm). (An input as long as "
+                    "the batch that holds no records looks the same: make it a buffer)"
+                )
+                raise NotImplementedError(self._refused)
         self._attempts += 1
         self._records += weighed.records
         enough = self._records >= _ENOUGH and self.proved.issuperset(parameters)
