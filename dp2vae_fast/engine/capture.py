@@ -18,6 +18,7 @@ What the taps cannot see must not pass in silence:
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -118,15 +119,17 @@ class Capture:
         """The parameters with gradients, at present."""
         return {p for p in self._names if p.requires_grad}
 
-    def _watching(self) -> bool:
-        return not self.calls.at_rest
-
     def _guard(self, parameters: Iterable[Tensor]) -> None:
         """Refuse ordinary gradients of ``parameters``, such as were unfrozen since the last call included."""
+        capture = weakref.ref(self)  # garbage collection does not see through hooks on a parameter
+
+        def watching() -> bool:
+            return (found := capture()) is not None and not found.calls.at_rest
+
         for p in parameters:
             if p.requires_grad and p not in self._guarded:
                 self._guarded.add(p)
-                self._handles += guards.refuse_unseen_use(self.name_of(p), p, self._watching)
+                self._handles += guards.refuse_unseen_use(self.name_of(p), p, watching)
 
     # The gradients of the batch ------------------------------------------------------------------------------------
 
