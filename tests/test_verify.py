@@ -324,3 +324,47 @@ def test_reentrant_checkpointing_hides_no_parameter_from_the_check():
     optimizer.step()
     assert len(optimizer.capture.first_batch.proved) == 6
     assert all(p.grad is None for p in model.parameters())
+
+
+class Prompted(nn.Module):
+    """Images, whose features are frozen, against what is trained on the names of classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = nn.Linear(4, 3, dtype=D)
+
+    def forward(self, images: Tensor, names: Tensor) -> Tensor:
+        return images @ self.text(names).T
+
+
+def test_rows_of_something_else_than_records_are_refused():
+    private, optimizer = privatize(Prompted())
+    record_loss(private(batch(8)[:, :3], batch(5))).sum().backward()
+    with pytest.raises(NotImplementedError, match=r"of shape \(8, 5\), while its layers saw 5 records") as refused:
+        optimizer.step()
+    assert "\n" not in str(refused.value)
+    optimizer.zero_grad()
+    record_loss(private(batch(5)[:, :3], batch(5))).sum().backward()
+    with pytest.raises(NotImplementedError, match="saw 5 records"):  # nor can one go on
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("between", ["nothing", "rows turned"])
+def test_one_output_for_the_rows_of_a_record(between: str):
+    class Best(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Wrong(BETWEEN.get(between, lambda h: h))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x).reshape(-1, 2, 3).logsumexp(1)
+
+    private, optimizer = privatize(Best(), rows_per_record=2)
+    record_loss(private(batch(16))).sum().backward()
+    if between == "nothing":
+        optimizer.step()
+        assert optimizer.capture.first_batch.proved
+    else:
+        with pytest.raises(NotImplementedError, match="not autograd's"):
+            optimizer.step()

@@ -78,18 +78,14 @@ class Repeats:
         if self._repeating is not None and module is self._repeating.module:
             self._repeated, _ = tree_flatten(output)
 
-    def gradients(self, call: Call, parameters: list[Tensor], rows: Tensor | None) -> list[Tensor | None]:
-        """Autograd's gradients of ``parameters`` from one call, with its output gradients weighted by ``rows``."""
+    def gradients(self, call: Call, parameters: list[Tensor], weights: Tensor | None) -> list[Tensor | None]:
+        """Autograd's gradients of ``parameters`` from one call, with its output gradients weighted by record."""
         used = [p for p in parameters if p in call.trainable]
         if not used:
             return [None] * len(parameters)
         backprops, call.backprops = call.backprops, []
-        if rows is not None:
-            leading = [1] * self.axis
-            backprops = [
-                b * rows.to(b.device, b.dtype).reshape(*leading, -1, *[1] * (b.dim() - self.axis - 1))
-                for b in backprops
-            ]
+        if weights is not None:
+            backprops = [self._weighted(b, weights) for b in backprops]
         found = None
         with torch.random.fork_rng([d for d in call.random if d.type != "cpu"]):
             for differentiate in (_by_grad, _by_backward):
@@ -190,6 +186,10 @@ class Repeats:
                     "PyTorch's random numbers, gives something else"
                 )
         return outputs
+
+    def _weighted(self, x: Tensor, weights: Tensor) -> Tensor:
+        rows = weights.repeat_interleave(x.shape[self.axis] // len(weights)).to(x.device, x.dtype)
+        return x * rows.reshape(*[1] * self.axis, -1, *[1] * (x.dim() - self.axis - 1))
 
     def _first_rows(self, x: Tensor) -> Tensor:
         return x.narrow(self.axis, 0, min(_KNOWN_BY, x.shape[self.axis])) if x.dim() > self.axis else x

@@ -53,10 +53,10 @@ class _Captured:
 
 @dataclass(frozen=True)
 class _Weighed:
-    """What is compared: the calls to run again, the weights of their rows, and the sums to be found."""
+    """What is compared: the calls to run again, the weights of their records, and the sums to be found."""
 
     calls: list[Call]
-    rows: Tensor | None
+    weights: Tensor | None
     records: int
     rows_per_record: int
     captured: list[_Captured]
@@ -172,11 +172,22 @@ class FirstBatch:
         signs = (torch.randint(2, (records,), generator=generator) * 2 - 1) * (
             0.5 + torch.rand(records, generator=generator)
         )
-        rows = signs.repeat_interleave(rows_per_record)
-        if not all(
-            len(s) > self.repeats.axis and s[self.repeats.axis] == len(rows) for call in calls for s in call.shapes
-        ):
-            signs, rows = torch.ones(records), None
+        axis, rows = self.repeats.axis, {records, records * rows_per_record}
+        whole = True  # every output has a row a record
+        for shapes in (call.shapes for call in calls):
+            by_row = [len(shape) > axis and shape[axis] in rows for shape in shapes]
+            whole &= all(by_row)
+            if any(by_row) or all(len(shape) <= axis or shape.numel() == 1 for shape in shapes):
+                continue  # the others may be losses, or states with the batch on another axis
+            other = next(shape for shape in shapes if len(shape) > axis)
+            self._refused = (
+                f"the model returns a tensor of shape {tuple(other)}, while its layers saw {records} records: what "
+                "they saw may be no records (prompts, classes), or rows are mixed. Return one row a record, with "
+                "positions on an axis of their own, and freeze layers that work on something else"
+            )
+            raise NotImplementedError(self._refused)
+        if not whole:
+            signs = torch.ones(records)
             if self._attempts == 0:
                 warnings.warn(
                     "only the total of the first batch's gradients is checked against autograd's, as the model returns "
@@ -196,13 +207,13 @@ class FirstBatch:
             for g in uses:
                 total = _plus(total, g.weighted_sum(weights).to(_wide(p)))
             captured.append(_Captured(name, p, total, size))
-        self._weighed = _Weighed(calls, rows, records, rows_per_record, captured)
+        self._weighed = _Weighed(calls, signs if whole else None, records, rows_per_record, captured)
 
     def compare(self) -> None:
         """Compare what :meth:`weigh` left, if anything, with autograd's gradients.
 
         Raises:
-            NotImplementedError: a parameter's gradients are not autograd's.
+            NotImplementedError: a parameter's gradients are not autograd's, or records are mixed without one.
         """
         weighed, self._weighed = self._weighed, None
         if weighed is None:
@@ -212,7 +223,7 @@ class FirstBatch:
         coarse = False
         try:
             for call in weighed.calls:
-                for i, gradient in enumerate(self.repeats.gradients(call, parameters, weighed.rows)):
+                for i, gradient in enumerate(self.repeats.gradients(call, parameters, weighed.weights)):
                     want[i] = _plus(want[i], None if gradient is None else gradient.to(_wide(gradient)))
                 coarse |= call.autocast is not None
         except CannotRepeat as reason:
