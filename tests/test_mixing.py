@@ -32,7 +32,14 @@ class Between(nn.Module):
 def step(model: nn.Module, *inputs: Tensor, autocast: bool = False, **kwargs) -> Capture:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     private, optimizer = PrivacyEngine().privatize(
-        model, optimizer, noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=8, **kwargs
+        model,
+        optimizer,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        sample_rate=0.1,
+        expected_batch_size=8,
+        loss_reduction="sum",
+        **kwargs,
     )
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         output = private(*inputs)

@@ -349,6 +349,35 @@ def test_rows_of_something_else_than_records_are_refused():
         optimizer.step()
 
 
+def test_prompts_that_divide_the_batch_are_refused_too():
+    private, optimizer = privatize(Prompted())
+    record_loss(private(batch(10)[:, :3], batch(5))).sum().backward()
+    with pytest.raises(NotImplementedError, match="not autograd's"):
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("turned", [False, True])
+def test_positions_of_all_records_on_one_axis(turned: bool):
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3, dtype=D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x)
+            return (h.transpose(0, 1) if turned else h).reshape(-1, 3)
+
+    private, optimizer = privatize(Flat())
+    private(batch(40).reshape(8, 5, 4)).square().sum().backward()
+    if turned:
+        with pytest.raises(NotImplementedError, match="not autograd's"):
+            optimizer.step()
+    else:
+        optimizer.step()
+        assert optimizer.capture.first_batch.proved
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("between", ["nothing", "rows turned"])
 def test_one_output_for_the_rows_of_a_record(between: str):

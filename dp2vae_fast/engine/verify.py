@@ -172,18 +172,18 @@ class FirstBatch:
         signs = (torch.randint(2, (records,), generator=generator) * 2 - 1) * (
             0.5 + torch.rand(records, generator=generator)
         )
-        axis, rows = self.repeats.axis, {records, records * rows_per_record}
-        whole = True  # every output has a row a record
+        axis = self.repeats.axis
+        whole = True  # every output has a row a record, or several
         for shapes in (call.shapes for call in calls):
-            by_row = [len(shape) > axis and shape[axis] in rows for shape in shapes]
+            by_row = [len(shape) > axis and shape[axis] > 0 == shape[axis] % records for shape in shapes]
             whole &= all(by_row)
             if any(by_row) or all(len(shape) <= axis or shape.numel() == 1 for shape in shapes):
                 continue  # the others may be losses, or states with the batch on another axis
             other = next(shape for shape in shapes if len(shape) > axis)
             self._refused = (
                 f"the model returns a tensor of shape {tuple(other)}, while its layers saw {records} records: what "
-                "they saw may be no records (prompts, classes), or rows are mixed. Return one row a record, with "
-                "positions on an axis of their own, and freeze layers that work on something else"
+                "they saw may be no records (prompts, classes), or rows are mixed. Return rows of records, in "
+                "their order, and freeze layers that work on something else"
             )
             raise NotImplementedError(self._refused)
         if not whole:
