@@ -9,7 +9,7 @@ import torch
 from cases import grads_one_by_one, record_loss
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from dp2vae_fast import PrivacyEngine
 from dp2vae_fast.engine.keystream import Keystream
@@ -114,6 +114,14 @@ def test_padding_is_no_record_even_where_it_is_not_finite():
     optimizer.step()
     for (name, p), old in zip(model.named_parameters(), before, strict=True):
         torch.testing.assert_close(old - p, exact[name].sum(0), rtol=1e-9, atol=1e-12)
+
+
+def test_a_sampler_of_ones_own_is_replaced_and_that_is_said():
+    weighted = WeightedRandomSampler([1.0] * N, N)
+    with pytest.warns(UserWarning, match="WeightedRandomSampler is replaced by Poisson sampling"):
+        PoissonDataLoader.from_data_loader(
+            DataLoader(TensorDataset(records()), batch_size=8, sampler=weighted), Keystream.seeded(1).stream("coins")
+        )
 
 
 def test_padding_without_its_mask_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,7 +12,14 @@ import torch
 from opacus.data_loader import wrap_collate_with_empty
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+)
 
 from .keystream import Stream
 from .sampling import PoissonSampler
@@ -97,6 +105,12 @@ class PoissonDataLoader(DataLoader):
             raise ValueError(
                 f"the data loader does not give all {size} records of its data set, in batches, and Poisson "
                 "sampling would draw from all of them: give it a torch.utils.data.Subset and a batch_size"
+            )
+        if not isinstance(loader.sampler, SequentialSampler | RandomSampler | DistributedSampler):
+            warnings.warn(
+                f"the data loader's {type(loader.sampler).__name__} is replaced by Poisson sampling, which draws every "
+                "record with the same probability",
+                stacklevel=2,
             )
         rate, steps, expected = 1 / len(loader), len(loader), size // len(loader)
         if dataset_size is not None:
