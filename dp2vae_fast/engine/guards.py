@@ -84,8 +84,13 @@ class Memory:
 
     def _look(self, closely: bool) -> Look:
         there = [(name, key, x) for name, own in self._own for key, x in own.items() if x is not None]
-        values = [_some_values(x) if _has_values(x) else None for *_, x in there] if closely else None
-        return Look([(name, key) for name, key, _ in there], [_mark(x) for *_, x in there], values)
+        tensors = [x for *_, x in there]
+        try:
+            marks = [(x._version, x.data_ptr()) for x in tensors]
+        except RuntimeError:  # of some that have no version, or no data of their own
+            marks = [_mark(x) for x in tensors]
+        values = [_some_values(x) if _has_values(x) else None for x in tensors] if closely else None
+        return Look([(name, key) for name, key, _ in there], marks, values)
 
 
 def _same(one: tuple[Any, Tensor | None] | None, other: tuple[Any, Tensor | None] | None) -> bool:
