@@ -175,9 +175,14 @@ class FirstBatch:
         axis = self.repeats.axis
         whole = True  # every output has a row a record, or several
         for shapes in (call.shapes for call in calls):
-            by_row = [len(shape) > axis and shape[axis] > 0 == shape[axis] % records for shape in shapes]
+            by_row = [_has_rows(shape, axis, records) for shape in shapes]
             whole &= all(by_row)
-            if any(by_row) or all(len(shape) <= axis or shape.numel() == 1 for shape in shapes):
+            # Of a model whose layers have the batch second, an output may have it first.
+            if (
+                any(by_row)
+                or any(_has_rows(shape, 0, records) for shape in shapes if axis)
+                or all(len(shape) <= axis or shape.numel() == 1 for shape in shapes)
+            ):
                 continue  # the others may be losses, or states with the batch on another axis
             other = next(shape for shape in shapes if len(shape) > axis)
             self._refused = (
@@ -260,6 +265,11 @@ class FirstBatch:
         self._records += weighed.records
         enough = self._records >= _ENOUGH and self.proved.issuperset(parameters)
         self.waiting = not enough and self._attempts < _ATTEMPTS
+
+
+def _has_rows(shape: torch.Size, axis: int, records: int) -> bool:
+    """Whether there may be a row a record along ``axis``, or several."""
+    return len(shape) > axis and shape[axis] > 0 == shape[axis] % records
 
 
 def _wide(x: Tensor) -> torch.dtype:

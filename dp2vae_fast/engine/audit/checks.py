@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..accounting import Mechanism, epsilon
+from ..optimizer import DPOptimizer
 from .crafted import extreme_records, hostile_records
 from .one_run import attack
 from .randomness import noise_p_values, sampler_p_values, worst
@@ -97,6 +98,8 @@ def audit_engine(
     if len(lengths) != 1 or min(lengths) < _BESIDE:
         raise ValueError(f"records: fields of {sorted(lengths)} rows, expected one number of rows, at least {_BESIDE}")
     module, optimizer, loader = make()
+    if isinstance(optimizer, DPOptimizer):  # the audit's batches are of no draw
+        optimizer.capture.draws, optimizer.pending.draws_in_step = set, False
     count = lengths.pop()
     sampler: Any = getattr(loader, "draws", loader.batch_sampler)
     if sampler is None:
