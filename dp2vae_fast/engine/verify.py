@@ -178,11 +178,8 @@ class FirstBatch:
             by_row = [_has_rows(shape, axis, records) for shape in shapes]
             whole &= all(by_row)
             # Of a model whose layers have the batch second, an output may have it first.
-            if (
-                any(by_row)
-                or any(_has_rows(shape, 0, records) for shape in shapes if axis)
-                or all(len(shape) <= axis or shape.numel() == 1 for shape in shapes)
-            ):
+            known = any(_has_rows(shape, place, records) for shape in shapes for place in {0, axis})
+            if known or all(len(shape) <= axis or shape.numel() == 1 for shape in shapes):
                 continue  # the others may be losses, or states with the batch on another axis
             other = next(shape for shape in shapes if len(shape) > axis)
             self._refused = (
