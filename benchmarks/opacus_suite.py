@@ -153,7 +153,7 @@ EXPLAINED: list[tuple[str, str, str, str]] = [
     ),
     (
         "privacy_engine_test.py::PrivacyEngineText*::test_make_private_with_epsilon",
-        "12 gradients in a step on a draw of",
+        "saw 12 records",
         "bug",
         "the test forgets batch_first=False, so that its 12 time steps stand where records should: refused by an error "
         "(Opacus takes each time step of the whole batch for a record)",
