@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import loops
 import pytest
 import torch
 from cases import grads_one_by_one, record_loss
@@ -28,10 +29,8 @@ def model_and_batch() -> tuple[nn.Module, Tensor]:
 
 
 def privatize(model: nn.Module, **kwargs):
-    settings = dict(
-        noise_multiplier=0.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=N, loss_reduction="sum"
-    )
-    return PrivacyEngine().privatize(model, torch.optim.SGD(model.parameters(), lr=1.0), **(settings | kwargs))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    return loops.privatize(model, optimizer, **({"expected_batch_size": N} | kwargs))
 
 
 def one_step(private: nn.Module, optimizer, model: nn.Module, batch: Tensor) -> list[Tensor]:

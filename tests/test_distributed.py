@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from loops import privatize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -297,15 +298,7 @@ def test_every_rank_steps_and_counts_alike(pair: Pair, how: str):
 def own_loop(rank: int) -> tuple[list[Tensor], list]:
     engine = PrivacyEngine(accountant="rdp")
     model = DPDDP(small_model())
-    model, optimizer = engine.privatize(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        sample_rate=0.1,
-        expected_batch_size=4,
-        loss_reduction="sum",
-    )
+    model, optimizer = privatize(model, engine=engine, noise_multiplier=1.0, expected_batch_size=4)
     for _ in range(2):
         backward(model, records()[rank::SIZE], "sum")
         optimizer.step()

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import record_loss
+from loops import privatize
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dp2vae_fast import PrivacyEngine
 from dp2vae_fast.engine.capture import Capture
 
 Update = Callable[["Remembers", Tensor], None]
@@ -89,16 +89,7 @@ def test_updates_that_begin_later_are_refused_while_the_check_waits_and_afterwar
             (m.mean if step else m.mean.data).add_(h)
 
     model = nn.Sequential(Remembers(update), nn.Tanh())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model, optimizer = PrivacyEngine().privatize(
-        model,
-        optimizer,
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        sample_rate=0.1,
-        expected_batch_size=40,
-        loss_reduction="sum",
-    )
+    model, optimizer = privatize(model, noise_multiplier=1.0, expected_batch_size=40)
     begun = False
     for _ in range(step):
         record_loss(model(torch.randn(40, 4))).sum().backward()
@@ -161,15 +152,7 @@ def test_what_stays_is_not_refused(reentrant: bool):
     norm = nn.BatchNorm1d(4).eval().requires_grad_(False)
     model = nn.ModuleDict({"norm": norm, "body": body, "head": nn.Linear(4, 2)})
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    _, optimizer = PrivacyEngine().privatize(
-        model,
-        optimizer,
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        sample_rate=0.1,
-        expected_batch_size=40,
-        loss_reduction="sum",
-    )
+    _, optimizer = privatize(model, optimizer, noise_multiplier=1.0, expected_batch_size=40)
     for _ in range(4):
         h = checkpoint(body, norm(torch.randn(40, 4)).requires_grad_(), use_reentrant=reentrant)
         record_loss(model["head"](h)).sum().backward()

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import record_loss
+from loops import privatize
 from torch import Tensor, nn
 
-from dp2vae_fast import PrivacyEngine
 from dp2vae_fast.engine.capture import Capture
 
 D = torch.float64
@@ -30,17 +30,7 @@ class Between(nn.Module):
 
 
 def step(model: nn.Module, *inputs: Tensor, autocast: bool = False, **kwargs) -> Capture:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    private, optimizer = PrivacyEngine().privatize(
-        model,
-        optimizer,
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        sample_rate=0.1,
-        expected_batch_size=8,
-        loss_reduction="sum",
-        **kwargs,
-    )
+    private, optimizer = privatize(model, noise_multiplier=1.0, **kwargs)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         output = private(*inputs)
     outputs = output if isinstance(output, tuple) else (output,)

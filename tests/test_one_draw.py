@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from cases import record_loss
+from loops import privatize
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -260,15 +261,8 @@ def test_a_new_pass_forgets_what_was_accumulated_by_hand():
 def test_a_frozen_parameter_keeps_its_value_whatever_gradient_it_has():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).to(D)
     model[0].weight.requires_grad_(False)
-    private, optimizer = PrivacyEngine().privatize(
-        model,
-        torch.optim.RMSprop(model.parameters(), lr=0.1),
-        noise_multiplier=0.0,
-        max_grad_norm=1.0,
-        sample_rate=0.1,
-        expected_batch_size=4,
-        loss_reduction="sum",
-    )
+    inner = torch.optim.RMSprop(model.parameters(), lr=0.1)
+    private, optimizer = privatize(model, inner, expected_batch_size=4)
     before = model[0].weight.detach().clone()
     model[0].weight.grad = torch.ones_like(before)
     backward(private, torch.randn(4, 3, dtype=D))
@@ -396,15 +390,7 @@ def test_models_that_are_gone_share_no_batch_with_those_after_them():
     engine = PrivacyEngine(accountant="rdp")
     for _ in range(20):
         model = nn.Linear(3, 2).to(D)
-        module, optimizer = engine.privatize(
-            model,
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            noise_multiplier=2.0,
-            max_grad_norm=1.0,
-            sample_rate=0.1,
-            expected_batch_size=4,
-            loss_reduction="sum",
-        )
+        module, optimizer = privatize(model, engine=engine, noise_multiplier=2.0, expected_batch_size=4)
         backward(module, torch.randn(4, 3, dtype=D))
         optimizer.step()
         del model, module, optimizer

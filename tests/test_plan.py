@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
+from loops import privatize
 from torch import nn
 from typer.testing import CliRunner
 
-from dp2vae_fast import PrivacyEngine
 from dp2vae_fast.cli import app
 from dp2vae_fast.engine import timing
 from dp2vae_fast.engine.capture import Capture
@@ -94,16 +94,7 @@ def test_a_longer_record_is_refused_unless_sizes_are_public():
     """Where a batch is padded to its longest record, this one would decide how others are clipped."""
     model = nn.Linear(8, 8)
     for plan in (None, Plan(public_shapes=True)):
-        private, optimizer = PrivacyEngine().privatize(
-            model,
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            noise_multiplier=0.0,
-            max_grad_norm=1.0,
-            sample_rate=0.1,
-            expected_batch_size=4,
-            loss_reduction="sum",
-            plan=plan,
-        )
+        private, optimizer = privatize(model, expected_batch_size=4, plan=plan)
         for positions in (3, 3, 5):
             private(torch.randn(4, positions, 8)).square().sum().backward()
             if positions == 5 and plan is None:
@@ -131,17 +122,8 @@ def test_every_way_gives_the_same_step():
         torch.manual_seed(0)
         model = decoder()
         forced = {} if method is None else dict.fromkeys(("2.weight", "5.weight", "7.weight"), method)
-        engine = PrivacyEngine()
-        private, optimizer = engine.privatize(
-            model,
-            torch.optim.SGD(model.parameters(), lr=0.01),
-            noise_multiplier=0.0,
-            max_grad_norm=1.0,
-            sample_rate=0.1,
-            expected_batch_size=6,
-            plan=Plan(forced=forced),  # type: ignore[arg-type]
-            loss_reduction="sum",
-        )
+        inner = torch.optim.SGD(model.parameters(), lr=0.01)
+        private, optimizer = privatize(model, inner, expected_batch_size=6, plan=Plan(forced=forced))  # type: ignore[arg-type]
         for _ in range(2):  # the second step keeps gradients within the backward pass
             private(inputs).square().sum().backward()
             optimizer.step()
@@ -184,29 +166,14 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch):
 
 
 def test_options_of_make_private():
-    def privatize(**options):
-        model = nn.Linear(3, 2)
-        inner = torch.optim.SGD(model.parameters(), lr=0.1)
-        return (
-            PrivacyEngine()
-            .privatize(
-                model,
-                inner,
-                noise_multiplier=1.0,
-                max_grad_norm=1.0,
-                sample_rate=0.1,
-                expected_batch_size=4,
-                loss_reduction="sum",
-                **options,
-            )[1]
-            .capture.plan
-        )
+    def plan_of(**options):
+        return privatize(nn.Linear(3, 2), **options)[1].capture.plan
 
-    assert privatize(max_memory_overhead=1.5).max_memory_overhead == 1.5
+    assert plan_of(max_memory_overhead=1.5).max_memory_overhead == 1.5
     plan = Plan()
-    assert privatize(plan=plan) is plan
+    assert plan_of(plan=plan) is plan
     with pytest.raises(ValueError, match="both given"):
-        privatize(plan=plan, max_memory_overhead=2.0)
+        plan_of(plan=plan, max_memory_overhead=2.0)
 
 
 def test_the_command_prints_the_plan():

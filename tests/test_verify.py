@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from cases import record_loss
+from loops import privatize
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,14 +17,6 @@ from dp2vae_fast import PrivacyEngine
 from dp2vae_fast.engine.products import LinearProduct
 
 D = torch.float64
-
-
-def privatize(model: nn.Module, **kwargs):
-    settings = dict(
-        noise_multiplier=0.0, max_grad_norm=1.0, sample_rate=0.1, expected_batch_size=8, loss_reduction="sum"
-    )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return PrivacyEngine().privatize(model, optimizer, **(settings | kwargs))
 
 
 def layers() -> nn.Sequential:
