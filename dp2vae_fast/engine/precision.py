@@ -10,6 +10,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from ..ops._op import device_type
 from ..ops.gradient import PARTS_PER_BLOCK, RECORDS_PER_PART
 from ..ops.norm import MMA_ROUNDINGS
 
@@ -27,7 +28,7 @@ def full_precision(tensors: Iterable[Tensor]) -> ExitStack:
     """Context without autocast on the devices of ``tensors``: norms and sums keep float32 wherever the user's loop
     stands."""
     stack = ExitStack()
-    for kind in {"cpu" if x.is_cpu else x.device.type for x in tensors}:
+    for kind in {device_type(x) for x in tensors}:
         if torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
     return stack

@@ -236,13 +236,18 @@ def backends_table() -> list[BackendRow]:
     ]
 
 
+def device_type(x: Tensor) -> str:
+    """The type of its device; of the CPU's, without an object for the device."""
+    return "cpu" if x.is_cpu else x.device.type
+
+
 def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Device type of the first tensor among the arguments, lists included."""
     for argument in (*args, *kwargs.values()):
         if isinstance(argument, (list, tuple)):
             argument = argument[0] if argument else None
         if isinstance(argument, Tensor):
-            return "cpu" if argument.is_cpu else argument.device.type
+            return device_type(argument)
     return "cpu"
 
 
