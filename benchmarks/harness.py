@@ -72,6 +72,13 @@ class Settings:
     cudnn_benchmark: bool = False
 
 
+def surroundings(threads: int, malloc: str) -> dict[str, str]:
+    """The environment of a process with so many threads and this allocator."""
+    count = str(threads)
+    others = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    return {**others, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, **MALLOC[malloc]}
+
+
 class Lost(Exception):
     """A process that died, or did not answer in time."""
 
@@ -80,9 +87,7 @@ class Process:
     """A contestant's process; ends with the ``with`` block, whatever happened."""
 
     def __init__(self, threads: int, malloc: str, settings: Settings) -> None:
-        count = str(threads)
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-        environment |= {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, **MALLOC[malloc]}
+        environment = surroundings(threads, malloc)
         here = Path(__file__).parent
         environment["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), environment.get("PYTHONPATH", "")])
         environment["DP2VAE_BENCH_FASTDP"] = settings.fastdp

@@ -70,10 +70,14 @@ NOTE = (
 
 def _by_setting(record: Row, table: Callable[..., list[str]]) -> str:
     lines: list[str] = []
-    for threads, malloc in dict.fromkeys((row["threads"], row["malloc"]) for row in record["rows"]):
-        rows = [row for row in record["rows"] if (row["threads"], row["malloc"]) == (threads, malloc)]
-        lines += [f"**{threads} thread{'s' * (threads > 1)}, {malloc} malloc**", "", *table(rows, record["titles"]), ""]
+    for setting in dict.fromkeys(map(_setting, record["rows"])):
+        rows = [row for row in record["rows"] if _setting(row) == setting]
+        lines += [f"**{setting}**", "", *table(rows, record["titles"]), ""]
     return "\n".join([*lines, _made(record)])
+
+
+def _setting(row: Row) -> str:
+    return f"{row['threads']} thread{'s' * (row['threads'] > 1)}, {row['malloc']} malloc"
 
 
 def _header(rows: list[Row]) -> list[str]:
@@ -119,12 +123,20 @@ def _cell(row: Row, name: str, show: Callable[[Row], str]) -> str:
 
 
 def floors(record: Row) -> str:
-    """What a private step must do more, and how little it could cost over the plain one."""
-    lines = ["| | plain, ms | norms, ms | noise, ms | floor |", "|---" * 5 + "|"]
-    for row in record["rows"]:
-        cells = [f"{row[key]:.4g}" for key in ("plain_ms", "norms_ms", "noise_ms")]
-        lines.append(f"| {row['workload']} | {' | '.join(cells)} | {row['ratio']:.2f} |")
-    return "\n".join([*lines, "", f"One thread, {record['rounds']} rounds. {_made(record)}"])
+    """How little a private step could cost over the plain one, and of what that is made."""
+    rows = {(row["workload"], _setting(row)): row for row in record["rows"]}
+    settings = list(dict.fromkeys(setting for _, setting in rows))
+    lines = [f"| | {' | '.join(settings)} |", "|---" * (1 + len(settings)) + "|"]
+    for name in dict.fromkeys(name for name, _ in rows):
+        cells = [
+            "{ratio:.2f} ({norms_ms:.3g} + {noise_ms:.3g} of {plain_ms:.4g})".format_map(rows[name, setting])
+            if (name, setting) in rows
+            else ""
+            for setting in settings
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    note = f"Floor over the plain step (norms and noise, of the plain step, in ms), {record['rounds']} rounds."
+    return "\n".join([*lines, "", f"{note} {_made(record)}"])
 
 
 def why_not(record: Row) -> str:

@@ -1,6 +1,7 @@
 """The benchmark of whole steps: its gate finds planted faults, and its race survives variants that do not."""
 
 import json
+import os
 import subprocess
 from dataclasses import replace
 
@@ -279,12 +280,13 @@ def test_the_floor_of_norms_is_the_cheapest_way(monkeypatch):
 
 
 def test_a_floor_is_above_the_plain_step():
-    row = bench_floor.floor("W3-decoder@4", rounds=3)
+    before = dict(os.environ)
+    row = bench_floor.in_a_process("W3-decoder@4", 1, "tuned", rounds=3)
+    assert dict(os.environ) == before  # its allocator's settings are that process's alone
     assert row["parameters"] == sum(p.numel() for p in workloads.make("W3-decoder@4").model.parameters())
     assert row["norms_ms"] > 0 and row["noise_ms"] > 0 and row["ratio"] > 1
-    assert "| W3-decoder@4 | " in report_step.floors(
-        {"rows": [row], "rounds": 3, "environment": environment.environment()}
-    )
+    table = report_step.floors({"rows": [row], "rounds": 3, "environment": environment.environment()})
+    assert "| 1 thread, tuned malloc |" in table and f"| W3-decoder@4 | {row['ratio']:.2f} (" in table
 
 
 def test_tables_say_where_ours_loses():
