@@ -39,7 +39,8 @@ struct GramPhase {
 struct GramPlan {
   int64_t row[2];   // distance of numbers of neighbouring rows of a plane, of neighbouring planes
   int64_t numbers;  // of positions and pixels, at most
-  int64_t step;     // floats of a row of B or X, a multiple of two vectors
+  int64_t step;     // floats of a row of B or X: an odd number of vectors, as rows that lie a power of two
+                    // apart meet in few lines of the first cache
   int64_t slack;    // floats before and behind X that a masked read may touch
   bool one_to_one;  // one tap that reads pixel t at position t: no matrix is held
   const GramPhase* phases;

@@ -59,11 +59,11 @@ DP2VAE_INLINE void look_up_near(const float* from, int64_t from_step, const int3
 }
 #endif
 
-// The pixels of a phase, of every channel; the rest of each row is set to zero.
+// The pixels of a phase, of every channel; the rest of the vectors that hold numbers is set to zero.
 DP2VAE_INLINE void look_up(const float* from, int64_t from_step, const GramPhase& phase, int64_t channels,
-                           float* to, int64_t to_step) {
-  const int64_t count = phase.size[0] * phase.size[1] * phase.size[2];
-  for (int64_t i = 0; i < to_step; i += kWidth) {
+                           float* to, const GramPlan& plan) {
+  const int64_t count = phase.size[0] * phase.size[1] * phase.size[2], to_step = plan.step;
+  for (int64_t i = 0; i < plan.numbers; i += kWidth) {
     const int32_t* const source = phase.source + i;
     const int64_t here = count - i < kWidth ? count - i : kWidth;
 #if DP2VAE_LANES == 16
@@ -235,7 +235,7 @@ GramNorm gram(const Product& p, const GramPlan& plan, int64_t n, const GramScrat
         if (phase.source && !p.spread.bf16) {
           const auto* data = static_cast<const float*>(p.spread.data) + n * p.spread.record;
           look_up(data + g * p.channels * p.spread.channel, p.spread.channel, phase, p.channels, s.spread,
-                  plan.step);
+                  plan);
         } else {
           memset(s.spread, 0, sizeof(float) * plan.operand_floats(p.channels));
           gather(p.spread, plan, n, g * p.channels, p.channels, phase.size, phase.start, p.stride, s.spread);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <deque>
 #include <limits>
 #include <map>
 #include <vector>
@@ -27,7 +28,7 @@ int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1)
 struct Numbering {
   GramPlan plan{};
   std::vector<int32_t> at;
-  std::vector<std::vector<float>> masks;
+  std::deque<Buffer> masks;
   std::vector<std::vector<GramTap>> taps;
   std::vector<std::vector<int32_t>> active, active_begin;
   std::vector<GramPhase> phases;
@@ -37,7 +38,7 @@ struct Numbering {
   Numbering(const Numbering&) = delete;
 
  private:
-  void add_phase(const Product& p, Triple phase, const std::vector<Triple>& shifts);
+  void add_phase(const Product& p, Triple phase, const std::vector<Triple>& shifts, int64_t& farthest);
   void add_active(GramPhase& phase, const std::vector<GramTap>& its);
   void add_source(const Product& p, GramPhase& phase);
 };
@@ -66,10 +67,12 @@ Numbering::Numbering(const Product& p, int64_t lanes) {
   plan.row[0] = box[2];
   plan.row[1] = box[1] * box[2];
   plan.numbers = box[0] * box[1] * box[2];
-  plan.step = (plan.numbers + 2 * lanes - 1) / (2 * lanes) * 2 * lanes;
+  plan.step = ((plan.numbers + lanes - 1) / lanes | 1) * lanes;
   plan.slack = 4 * lanes;
+  int64_t farthest = 0;
   if (!plan.one_to_one)
-    for (const auto& [phase, its] : shifts) add_phase(p, phase, its);
+    for (const auto& [phase, its] : shifts) add_phase(p, phase, its, farthest);
+  plan.slack += (farthest + lanes - 1) / lanes * lanes;  // whole vectors, on whose boundaries rows begin
   for (size_t i = 0; i < phases.size(); ++i) {
     phases[i].taps = taps[i].data();
     phases[i].tap_count = static_cast<int64_t>(taps[i].size());
@@ -85,7 +88,8 @@ Numbering::Numbering(const Product& p, int64_t lanes) {
   plan.at = at.data();
 }
 
-void Numbering::add_phase(const Product& p, Triple phase, const std::vector<Triple>& shifts) {
+void Numbering::add_phase(const Product& p, Triple phase, const std::vector<Triple>& shifts,
+                          int64_t& farthest) {
   GramPhase made{};
   for (int d = 0; d < 3; ++d) {
     made.start[d] = phase[d];
@@ -94,7 +98,8 @@ void Numbering::add_phase(const Product& p, Triple phase, const std::vector<Trip
   }
   std::vector<GramTap> of_phase;
   for (const Triple& shift : shifts) {
-    std::vector<float> mask(plan.step + plan.slack);
+    Buffer& mask = masks.emplace_back(plan.step + plan.slack);
+    mask.zero();
     GramTap tap{shift[0] * plan.row[1] + shift[1] * plan.row[0] + shift[2], nullptr};
     bool reads = false;
     for (int64_t z = 0; z < p.grid[0]; ++z)
@@ -104,13 +109,15 @@ void Numbering::add_phase(const Product& p, Triple phase, const std::vector<Trip
           bool inside = true;
           for (int d = 0; d < 3; ++d) inside = inside && 0 <= pixel[d] && pixel[d] < made.size[d];
           if (!inside) continue;
-          mask[z * plan.row[1] + y * plan.row[0] + x] = 1;
+          mask.data()[z * plan.row[1] + y * plan.row[0] + x] = 1;
           reads = true;
         }
-    if (!reads) continue;
-    plan.slack = std::max(plan.slack, std::abs(tap.offset) + plan.slack);
-    masks.push_back(std::move(mask));
-    tap.mask = masks.back().data();  // a vector's memory stays where it is when the vector is moved
+    if (!reads) {
+      masks.pop_back();
+      continue;
+    }
+    farthest = std::max(farthest, std::abs(tap.offset));
+    tap.mask = mask.data();
     of_phase.push_back(tap);
   }
   if (of_phase.empty()) return;
