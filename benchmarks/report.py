@@ -226,7 +226,7 @@ def rendered(page: str, text: str) -> str:
     return text
 
 
-STEPS = {"Time": report_step.step_times, "Memory": report_step.step_memory, "Who did not": report_step.why_not}
+STEPS = {"Time": report_step.step_times, "Memory": report_step.step_memory, "Not timed": report_step.why_not}
 BY_PREFIX = {"step_": STEPS, "ops_": {"Ops": ops}, "scaling_": {"The largest batch": report_step.capacity}}
 
 

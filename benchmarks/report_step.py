@@ -140,7 +140,7 @@ def floors(record: Row) -> str:
 
 
 def why_not(record: Row) -> str:
-    """Who did not get through, and why, each reason once."""
+    """Which variants were not timed, and why, each reason once."""
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for row in record["rows"]:
         for name, result in row["variants"].items():

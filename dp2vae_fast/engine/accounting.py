@@ -143,10 +143,9 @@ def calibrate_noise_multiplier(
 def gaussian_dp_mu(epsilon: float, delta: float) -> float:
     """The mu of the Gaussian mechanism (noise multiplier 1/mu) that is exactly (epsilon, delta)-DP.
 
-    Solves ``delta = Phi(mu/2 - epsilon/mu) - exp(epsilon) Phi(-mu/2 - epsilon/mu)`` (Balle and Wang 2018;
-    Dong, Roth and Su 2019),
-    rounded down. Squares of mu add up under composition, which makes ``mu**2`` the currency to split a budget
-    in: mechanism j with ``mu_j = sqrt(share_j) * mu`` gets the noise multiplier ``1 / mu_j``.
+    Solves ``delta = Phi(mu/2 - epsilon/mu) - exp(epsilon) Phi(-mu/2 - epsilon/mu)`` (Balle and Wang 2018; Dong, Roth
+    and Su 2019), rounded down. Squares of mu add up under composition, which makes ``mu**2`` the currency to split a
+    budget in: mechanism j with ``mu_j = sqrt(share_j) * mu`` gets the noise multiplier ``1 / mu_j``.
 
     Raises:
         ValueError: ``epsilon`` not positive and finite, or ``delta`` outside (0, 1).

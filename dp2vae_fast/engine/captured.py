@@ -1,7 +1,7 @@
 """Batches of one shape as one CUDA graph: forward, backward, norms, clip factors and weighted sums, launched at once.
 
-Small models take longer to launch than to run. Noise and the optimizer's own step stay outside: they are one launch for
-all parameters already, and their counters stay where they are accounted.
+Small models take longer to launch than to run. Noise and the optimizer's own step stay outside: they are few launches
+(one for all parameters with the CUDA module), and their counters stay where they are accounted.
 """
 
 from __future__ import annotations

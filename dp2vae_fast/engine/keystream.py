@@ -1,11 +1,10 @@
 """One secret key, and the mechanisms that draw from it without ever sharing a block.
 
-A `Keystream` owns the key and numbers the mechanisms; each `Stream` owns one mechanism number and counts its
-steps. As
-the ChaCha20 nonce is (mechanism, domain; step; parameter index), two draws could only meet if a step were
-taken twice: so steps only go forwards, they advance *before* the words are drawn, and neither class can be
-copied or pickled. Of a secret key there is no second owner. A seeded one may be made again, to go on (`skip_to`) or to
-repeat a run; in one process that is said.
+A `Keystream` owns the key and numbers the mechanisms; each `Stream` owns one mechanism number and counts its steps. As
+the ChaCha20 nonce is (mechanism, domain; step; parameter index), two draws could only meet if a step were taken twice:
+so steps only go forwards, they advance *before* the words are drawn, and neither class can be copied or pickled. Of a
+secret key there is no second owner. A seeded one may be made again, to go on (`skip_to`) or to repeat a run; a second
+one in the same process is warned of.
 """
 
 from __future__ import annotations

@@ -218,9 +218,8 @@ def op(mutates: Sequence[str] = (), native: Supports | None = None) -> Callable[
 
     Args:
         mutates: names of the arguments that the op writes to; such an op returns None.
-        native: takes the op's arguments and returns True, or the reason why the kernels of ``csrc`` cannot
-        run on them.
-            Whether such kernels exist is looked up by the op's name.
+        native: takes the op's arguments and returns True, or the reason why the kernels of ``csrc`` cannot run on
+            them. Whether such kernels exist is looked up by the op's name.
 
     The reference of a functional op is also its fake kernel, so it must not read tensor values in Python.
     """

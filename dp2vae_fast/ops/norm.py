@@ -1,15 +1,12 @@
-"""Squared norms of per-sample weight gradients, and the gradients themselves where keeping them is cheaper.
+"""Squared norms of per-sample weight gradients, each with a bound of its rounding error.
 
 A layer that uses its weight at T positions has, for record n, the weight gradient
 
     G[n] = sum_t  backprops[n, t]  outer  activations[n, t].
 
-Two exact roads lead to ``|G[n]|^2``:
-
-* **gram** never forms ``G``: ``sum_{t,t'} <a_t, a_t'> <b_t, b_t'>``. It costs about ``T^2 (D + P)`` products and
-  wins where T is small.
-* **grad sample** forms ``G[n]`` once and keeps it: ``T D P`` products and ``D P`` numbers a record. It wins where
-  T is large and the weight small, and the clipped sum is then one matrix-vector product.
+The ops here never form ``G``: ``|G[n]|^2`` is ``sum_{t,t'} <a_t, a_t'> <b_t, b_t'>``, the product of two Gram matrices.
+It costs about ``T^2 (D + P)`` multiplications and wins where T is small; where T is large and the weight small, forming
+``G[n]`` with ``T D P`` of them (:mod:`.gradient`) does.
 
 Every ``*_norm_sq`` returns two tensors ``[N]``: the squared norm as computed, and an ``error`` such that
 
@@ -205,11 +202,9 @@ def conv_norm_sq(
 ) -> tuple[Tensor, Tensor]:
     """Squared norm of the per-sample weight gradient of an n-dimensional (transposed) convolution, without unfolding.
 
-    ``sum_{t,t'} B[t,t'] sum_tap X[s t + d tap - p, s t' + d tap - p]`` with the Gram matrices B of the plain
-    operand and X of
-    the pixels of the other: channel products are made once a pixel pair and only *added up* over the taps. With
-        stride s a tap
-    reads pixels of one phase ``(d tap - p) mod s`` only, so X is taken phase by phase.
+    ``sum_{t,t'} B[t,t'] sum_tap X[s t + d tap - p, s t' + d tap - p]`` with the Gram matrices B of the plain operand
+    and X of the pixels of the other: channel products are made once per pair of pixels and only *added up* over taps.
+    With stride s a tap reads pixels of one phase ``(d tap - p) mod s`` only, so X is taken phase by phase.
 
     Shapes:
         as :func:`~.gradient.conv_kept`; -> norm_sq ``[N]``, error ``[N]``.
