@@ -179,7 +179,9 @@ def test_automatic_clipping_never_exceeds_its_bound():
 
 def test_the_bound_moves_to_the_quantile():
     stream = Keystream.seeded(1).stream("count")
-    clipping = AdaptiveClipping(stream=stream, target_quantile=0.7, learning_rate=0.3, count_noise=1.0)
+    clipping = AdaptiveClipping(
+        stream=stream, target_unclipped_quantile=0.7, clipbound_learning_rate=0.3, unclipped_num_std=1.0
+    )
     values = torch.randn(500, 20, generator=torch.Generator().manual_seed(0))
     bound = 0.1
     for _ in range(60):
@@ -204,7 +206,7 @@ def test_one_record_moves_the_count_by_half_and_padding_by_nothing():
 
 
 def test_the_step_as_a_whole_has_the_noise_multiplier_that_is_accounted():
-    """Gradients and count are one Gaussian mechanism: (C / std)^2 + (1/2 / count_noise)^2 = 1 / z^2."""
+    """Gradients and count are one Gaussian mechanism: (C / std)^2 + (1/2 / unclipped_num_std)^2 = 1 / z^2."""
     model, batch = model_and_batch()
     engine = PrivacyEngine()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import ops
 from ..ops.norm import product_error
 from .gradients import Gradient
-from .keystream import Stream
+from .keystream import Keystream, Stream
 from .precision import STILL_COUNTED
 
 # Where the error bound of a squared norm is more than this part of it, the norm is taken again in float64: otherwise
@@ -62,9 +62,9 @@ def bounded_norms(
     return norm_sq, error
 
 
-@dataclass
-class FlatClipping:
-    """Every record's gradient, over all parameters together, is scaled to norm at most ``max_grad_norm``.
+@dataclass(kw_only=True)
+class Clipping:
+    """A clipping mode. Fields that have a default are options of ``make_private``.
 
     Args:
         count_rounding: divide by an upper bound of the norm (as computed, plus a bound of its rounding error)
@@ -143,8 +143,13 @@ class FlatClipping:
         self.count = 0.0
 
 
-@dataclass
-class AutomaticClipping(FlatClipping):
+@dataclass(kw_only=True)
+class FlatClipping(Clipping):
+    """Every record's gradient, over all parameters together, is scaled to norm at most ``max_grad_norm``."""
+
+
+@dataclass(kw_only=True)
+class AutomaticClipping(Clipping):
     """Every record's gradient is scaled to nearly ``max_grad_norm``, short ones too (Bu, Wang, Zha and Karypis 2023).
 
     Args:
@@ -165,8 +170,8 @@ class AutomaticClipping(FlatClipping):
         return ops.normalize_factors(norm_sq, error, bound, self.stability / scale)
 
 
-@dataclass
-class GroupClipping(FlatClipping):
+@dataclass(kw_only=True)
+class GroupClipping(Clipping):
     """Each group of parameters has a bound of its own ("per layer"); the record's whole gradient then is at most
     ``sqrt(sum of their squares)`` long, which is the optimizer's ``max_grad_norm``.
 
@@ -175,8 +180,8 @@ class GroupClipping(FlatClipping):
         bounds: for each group its bound; a schedule of ``max_grad_norm`` scales all of them.
     """
 
-    groups: Mapping[Any, int] = field(default_factory=dict)
-    bounds: Sequence[float] = ()
+    groups: Mapping[Any, int]
+    bounds: Sequence[float]
 
     def __post_init__(self) -> None:
         if not self.bounds or not all(0.0 < b < math.inf for b in self.bounds):
@@ -236,39 +241,42 @@ class GroupClipping(FlatClipping):
             yield own, share * max_grad_norm
 
 
-@dataclass
-class AdaptiveClipping(FlatClipping):
+@dataclass(kw_only=True)
+class AdaptiveClipping(Clipping):
     """Flat clipping whose bound follows a quantile of the gradient norms (Andrew, Thakkar, McMahan and Ramaswamy 2021).
 
-    After every step ``C <- C exp(-learning_rate (fraction - target_quantile))`` with the noisy fraction of records that
-    were not clipped. Each record counts as 1/2 or -1/2, so that its sensitivity is 1/2; the count's noise has standard
-    deviation ``count_noise``, and the step as a whole is one Gaussian mechanism of the given noise multiplier z if the
-    gradients get ``(z^-2 - (2 count_noise)^-2)^(-1/2)`` of it. The fraction is over the *public* expected batch size.
+    After every step ``C <- C exp(-clipbound_learning_rate (fraction - target_unclipped_quantile))`` with the noisy
+    fraction of records that were not clipped. Each record counts as 1/2 or -1/2, so that its sensitivity is 1/2; the
+    count's noise has standard deviation ``unclipped_num_std``, and the step as a whole is one Gaussian mechanism of the
+    given noise multiplier z if the gradients get ``(z^-2 - (2 unclipped_num_std)^-2)^(-1/2)`` of it. The fraction is
+    over the *public* expected batch size.
 
     Args:
         stream: where the count's noise comes from.
-        target_quantile: fraction of records that should not be clipped.
-        learning_rate: of the bound's logarithm.
-        count_noise: standard deviation of the noise of the count, in records; more than half the noise multiplier.
-        smallest, largest: public limits of the bound.
+        target_unclipped_quantile: fraction of records that should not be clipped.
+        clipbound_learning_rate: of the bound's logarithm.
+        unclipped_num_std: standard deviation of the count's noise, in records; more than half the noise multiplier.
+        min_clipbound, max_clipbound: public limits of the bound.
     """
 
-    stream: Stream | None = None
-    target_quantile: float = 0.5
-    learning_rate: float = 0.2
-    count_noise: float = 10.0
-    smallest: float = 1e-3
-    largest: float = 1e3
+    stream: Stream
+    target_unclipped_quantile: float = 0.5
+    clipbound_learning_rate: float = 0.2
+    unclipped_num_std: float = 10.0
+    min_clipbound: float = 1e-3
+    max_clipbound: float = 1e3
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.smallest < self.largest < math.inf:
+        if not 0.0 < self.min_clipbound < self.max_clipbound < math.inf:
             raise ValueError(
-                f"min_clipbound is {self.smallest}, max_clipbound {self.largest}: give 0 < min < max, finite"
+                f"min_clipbound is {self.min_clipbound}, max_clipbound {self.max_clipbound}: give 0 < min < max, finite"
             )
-        if not 0.0 <= self.target_quantile <= 1.0:
-            raise ValueError(f"target_unclipped_quantile is {self.target_quantile}: it is a fraction between 0 and 1")
-        if not 0.0 < self.count_noise < math.inf:
-            raise ValueError(f"unclipped_num_std is {self.count_noise}: it must be positive and finite")
+        if not 0.0 <= self.target_unclipped_quantile <= 1.0:
+            raise ValueError(
+                f"target_unclipped_quantile is {self.target_unclipped_quantile}: it is a fraction between 0 and 1"
+            )
+        if not 0.0 < self.unclipped_num_std < math.inf:
+            raise ValueError(f"unclipped_num_std is {self.unclipped_num_std}: it must be positive and finite")
 
     def _note(self, factors: Tensor, scale: float, mask: Tensor | None) -> None:
         unclipped = int((factors >= scale).sum())
@@ -277,19 +285,49 @@ class AdaptiveClipping(FlatClipping):
     def gradient_noise_multiplier(self, noise_multiplier: float) -> float:
         if noise_multiplier == 0.0:
             return 0.0
-        left = noise_multiplier**-2 - (2 * self.count_noise) ** -2
+        left = noise_multiplier**-2 - (2 * self.unclipped_num_std) ** -2
         if left <= 0.0:
             raise ValueError(
                 f"noise_multiplier is {noise_multiplier}, which the count's own noise uses up: raise unclipped_num_std "
-                f"({self.count_noise}) above {noise_multiplier / 2:g}"
+                f"({self.unclipped_num_std}) above {noise_multiplier / 2:g}"
             )
         return left**-0.5
 
     def next_bound(self, max_grad_norm: float, records: float) -> float:
-        assert self.stream is not None
         count = torch.tensor([self.count], dtype=torch.float64)
-        self.stream.add_noise_([count], self.count_noise)
+        self.stream.add_noise_([count], self.unclipped_num_std)
         self.count = 0.0
         fraction = float(count) / records + 0.5
-        moved = max_grad_norm * math.exp(-self.learning_rate * (fraction - self.target_quantile))
-        return min(max(moved, self.smallest), self.largest)
+        moved = max_grad_norm * math.exp(-self.clipbound_learning_rate * (fraction - self.target_unclipped_quantile))
+        return min(max(moved, self.min_clipbound), self.max_clipbound)
+
+
+_MODES: dict[str, type[Clipping]] = {
+    "flat": FlatClipping,
+    "per_layer": GroupClipping,
+    "automatic": AutomaticClipping,
+    "adaptive": AdaptiveClipping,
+}
+
+
+def clipping_of(options: dict[str, Any], names: Mapping[Any, str], keystream: Keystream) -> tuple[Clipping, float]:
+    """The mode that ``options`` of ``make_private`` ask for, taken out of them with its own, and its first bound.
+
+    Args:
+        names: the trainable parameters of the optimizer, in its order, and their names.
+        keystream: where a mode that releases a number takes its noise from.
+    """
+    mode, bound = options.pop("clipping", "flat"), options["max_grad_norm"]
+    if mode != "per_layer" and isinstance(bound, Sequence | Mapping):
+        raise ValueError(f"max_grad_norm has several bounds, clipping={mode!r} takes one: use 'per_layer'")
+    if mode not in _MODES:
+        raise ValueError(f"clipping is {mode!r}: choose 'flat', 'per_layer', 'automatic' or 'adaptive'")
+    kind = _MODES[mode]
+    known = [f.name for f in fields(kind) if f.init and f.default is not MISSING]
+    own = {name: options.pop(name) for name in known if name in options}
+    if kind is GroupClipping:
+        clipping = GroupClipping.of(names, bound, **own)
+        return clipping, clipping.max_grad_norm
+    if kind is AdaptiveClipping:
+        own["stream"] = keystream.stream("clipping bound")
+    return kind(**own), bound

@@ -15,7 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from .. import ops
 from .book import Origin
 from .capture import Capture
-from .clipping import FlatClipping
+from .clipping import Clipping, FlatClipping
 from .gradients import Gradient
 from .keystream import Stream
 from .pending import Pending
@@ -71,7 +71,7 @@ class DPOptimizer(OpacusDPOptimizer):
         loss_reduction: str = "mean",
         capture: Capture,
         stream: Stream,
-        clipping: FlatClipping | None = None,
+        clipping: Clipping | None = None,
         materialize_grad: bool = False,
         sum_dtype: torch.dtype = torch.float64,
     ) -> None:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from .capture import Capture
-from .clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, GroupClipping
+from .clipping import clipping_of
 from .counting import Draws, StepCounter
 from .distributed import DistributedDPOptimizer, Ranks
 from .keystream import Keystream
@@ -29,14 +29,6 @@ from .optimizer import DPOptimizer
 from .plan import Plan
 
 FUSED = "fused"
-# Opacus' names of the options of adaptive clipping, and ours.
-_ADAPTIVE = {
-    "target_unclipped_quantile": "target_quantile",
-    "clipbound_learning_rate": "learning_rate",
-    "min_clipbound": "smallest",
-    "max_clipbound": "largest",
-    "unclipped_num_std": "count_noise",
-}
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -366,7 +358,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
         rows, verify = kwargs.pop("rows_per_record", None), kwargs.pop("verify_first_step", True)
         self._set_capture(capture, rows, verify, _plan_of(kwargs))
         mode = kwargs.get("clipping", "flat")
-        kwargs["clipping"], kwargs["max_grad_norm"] = self._clipping(capture, optimizer, keystream, kwargs)
+        trainable = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        names = {p: capture.name_of(p) for p in trainable}
+        kwargs["clipping"], kwargs["max_grad_norm"] = clipping_of(kwargs, names, keystream)
         if unknown := kwargs.keys() - signature(DPOptimizer).parameters.keys():
             raise TypeError(f"make_private has no option {min(unknown)!r} with clipping={mode!r}: leave it out")
         kind = DistributedDPOptimizer if several else DPOptimizer
@@ -387,28 +381,6 @@ class PrivacyEngine(opacus.PrivacyEngine):
             capture.first_batch.turn_off()
         if plan is not None:
             capture.plan = plan
-
-    def _clipping(
-        self, capture: Capture, optimizer: Optimizer, keystream: Keystream, options: dict[str, Any]
-    ) -> tuple[FlatClipping, float]:
-        """The clipping mode that ``options`` ask for, with its own options taken out of them; and its first bound."""
-        mode, bound = options.pop("clipping", "flat"), options["max_grad_norm"]
-        common = {"count_rounding": options.pop("count_rounding", True)}
-        if mode == "per_layer":
-            trainable = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-            clipping = GroupClipping.of({p: capture.name_of(p) for p in trainable}, bound, **common)
-            return clipping, clipping.max_grad_norm
-        if isinstance(bound, Sequence | Mapping):
-            raise ValueError(f"max_grad_norm has several bounds, clipping={mode!r} takes one: use 'per_layer'")
-        if mode == "flat":
-            return FlatClipping(**common), bound
-        if mode == "automatic":
-            own = {"stability": options.pop("stability")} if "stability" in options else {}
-            return AutomaticClipping(**common, **own), bound
-        if mode == "adaptive":
-            own = {ours: options.pop(theirs) for theirs, ours in _ADAPTIVE.items() if theirs in options}
-            return AdaptiveClipping(stream=keystream.stream("clipping bound"), **common, **own), bound
-        raise ValueError(f"clipping is {mode!r}: choose 'flat', 'per_layer', 'automatic' or 'adaptive'")
 
     def _prepare_data_loader(self, data_loader: DataLoader, *, poisson_sampling: bool, **kwargs: Any) -> DataLoader:
         if not self._fused:
