@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,18 +73,16 @@ def train(decoder: Decoder, z: Tensor, labels: Tensor, images: Tensor) -> None:
     optimizer.zero_grad()
 
 
-class Watched:
-    """A gradient that notes which of its records are taken again in float64."""
+def watched(gradient: Gradient, again: set[int]) -> Gradient:
+    """``gradient``, noting which of its records are taken again in float64."""
+    copied = copy(gradient)
 
-    def __init__(self, gradient: Gradient, again: set[int]) -> None:
-        self.gradient, self.again = gradient, again
+    def in_float64(records: Tensor) -> Gradient:
+        again.update(records.tolist())
+        return gradient.in_float64(records)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.gradient, name)
-
-    def in_float64(self, records: Tensor) -> Gradient:
-        self.again.update(records.tolist())
-        return self.gradient.in_float64(records)
+    vars(copied)["in_float64"] = in_float64
+    return copied
 
 
 def scaled(gradient: Any, factors: Tensor) -> Gradient:
@@ -127,8 +126,7 @@ def measure(
     capture.remove()
     exact, again = exact_norms(gradients), set[int]()
     bound = float(exact.min()) / 2
-    watched: list[Any] = [g if isinstance(g, Kept) else Watched(g, again) for g in gradients]
-    factors = FlatClipping().factors(dict(enumerate(watched)), bound)[0]
+    factors = FlatClipping().factors({i: watched(g, again) for i, g in enumerate(gradients)}, bound)[0]
     short = 1 - factors.double() * exact / bound
     return {
         "short_median": float(short.median()),

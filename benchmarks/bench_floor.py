@@ -34,12 +34,13 @@ from harness import MALLOC, surroundings
 from record import Record, rounded
 from timing import copying, product_rate
 
-from dp2vae_fast.engine.gradients import Gradient, Kept
+from dp2vae_fast.engine.gradients import Gradient
+from dp2vae_fast.engine.products import Product
 
 
 def least(gradient: Gradient) -> float:
     """Seconds that the norms of a parameter's gradients take at least, beside the plain step's work."""
-    if isinstance(gradient, Kept):  # of biases and norm layers: a small part of the sums that the plain step forms
+    if not isinstance(gradient, Product):  # of biases and norm layers: a small part of the plain step's sums
         return 0.0
     cost, records = gradient.cost, gradient.records
     if cost.positions == 1:

@@ -19,6 +19,7 @@ from ..ops.norm import product_error
 from .gradients import Gradient
 from .keystream import Keystream, Stream
 from .precision import STILL_COUNTED
+from .products import Product
 
 # Where the error bound of a squared norm is more than this part of it, the norm is taken again in float64: otherwise
 # the record would be clipped by more than half of that too short.
@@ -47,7 +48,7 @@ def bounded_norms(
     for row, gradient in enumerate(gradients):
         # What has one position is multiplied in float32 after all, with operands rounded as its error says; and what is
         # formed is longer than the exact gradient by more than its own small error says.
-        if gradient.formed or gradient.cost.positions == 1:
+        if not isinstance(gradient, Product) or gradient.formed or gradient.cost.positions == 1:
             continue
         again = (loose & (error[row] > _LOOSE / len(gradients) * total)).nonzero().flatten()
         for records in again.split(max(1, _GRAM_NUMBERS // gradient.cost.positions**2)) if len(again) else ():

@@ -8,14 +8,12 @@ hand, so that the gradient of a record need never exist.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .cost import Cost, Method
 
 
 class Gradient(Protocol):
@@ -61,27 +59,6 @@ class Gradient(Protocol):
 
     @property
     def device(self) -> torch.device: ...
-
-    def ways(self) -> tuple[Method, ...]:
-        """Of taking norm and weighted sum: those of :mod:`.plan` that this kind of gradient has."""
-        ...
-
-    def directly(self) -> Gradient:
-        """The same, with norms taken by forming each gradient and forgetting it."""
-        ...
-
-    @cached_property
-    def cost(self) -> Cost:
-        """What the planner weighs: the sizes of this gradient."""
-        ...
-
-    def describe(self) -> str:
-        """Everything but the numbers of one record, for telling shapes apart."""
-        ...
-
-    def like(self, records: int) -> Gradient:
-        """One of random numbers, of the same shape."""
-        ...
 
 
 def random_like(x: Tensor, records: int) -> Tensor:
@@ -146,19 +123,3 @@ class Kept:
     @property
     def device(self) -> torch.device:
         return self.values.device
-
-    def ways(self) -> tuple[Method, ...]:
-        return ("kept",)
-
-    def directly(self) -> Kept:
-        return self
-
-    @cached_property
-    def cost(self) -> Cost:
-        return Cost(1, self.values.shape[1:].numel(), 1)
-
-    def describe(self) -> str:
-        return f"kept {list(self.values.shape[1:])} {self.values.dtype}"
-
-    def like(self, records: int) -> Kept:
-        return Kept(random_like(self.values, records))

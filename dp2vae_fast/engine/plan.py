@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, replace
 from ..ops import native_kernels
 from . import timing
 from .cost import METHODS, NATIVE, REFERENCE, Cost, Method
-from .gradients import Gradient, Kept
+from .gradients import Gradient
 from .precision import MAX_POSITIONS
+from .products import Product
 
 Key = tuple[str, Cost]
 # A way predicted to take so many times as long as the fastest is not timed.
@@ -89,7 +90,7 @@ class Plan:
         Raises:
             ValueError: one has another number of positions than before, and nobody said that this is public.
         """
-        keyed = [(name, g, g.cost) for name, g in gradients if not isinstance(g, Kept)]
+        keyed = [(name, g, g.cost) for name, g in gradients if isinstance(g, Product)]
         if all((name, cost) in self._settled for name, _, cost in keyed):
             return
         for name, _, cost in keyed:
@@ -106,7 +107,7 @@ class Plan:
 
     def realize(self, parameter: str, gradient: Gradient) -> Gradient:
         """``gradient`` in the form chosen for it."""
-        if isinstance(gradient, Kept):
+        if not isinstance(gradient, Product):
             return gradient
         key = parameter, gradient.cost
         if key not in self._settled:
@@ -116,12 +117,12 @@ class Plan:
 
     def kept_at_once(self, parameter: str, gradient: Gradient) -> Gradient:
         """The gradient kept, where that has been chosen already, so that its operands can go."""
-        if isinstance(gradient, Kept):
+        if not isinstance(gradient, Product):
             return gradient
         choice = self._settled.get((parameter, gradient.cost))
         return gradient.kept() if choice is not None and choice.method == "kept" else gradient
 
-    def _candidate(self, parameter: str, gradient: Gradient, cost: Cost) -> Choice:
+    def _candidate(self, parameter: str, gradient: Product, cost: Cost) -> Choice:
         rates = NATIVE if native_kernels() and gradient.device.type == "cpu" else REFERENCE
         usable: list[Method] = [
             m for m in METHODS if m in gradient.ways() and (m == "kept" or cost.positions <= MAX_POSITIONS)

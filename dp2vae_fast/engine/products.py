@@ -49,29 +49,25 @@ def _scaled(x: Tensor, factors: Tensor) -> Tensor:
     return ops.widen(x) * factors.reshape(-1, *[1] * (x.dim() - 1))
 
 
-@dataclass(frozen=True)
-class _Product:
-    """What linear layers and convolutions share. ``direct``: norms are taken by forming each gradient and forgetting
-    it."""
+class Product:
+    """A :class:`~.gradients.Gradient` that need not be formed: :mod:`.plan` chooses in which of several ways."""
 
-    activations: Tensor
     backprops: Tensor
-    direct: bool = field(default=False, kw_only=True)
 
     @property
     def records(self) -> int:
-        return self.activations.shape[0]
+        return self.backprops.shape[0]
 
     @property
     def formed(self) -> bool:
-        return self.direct
+        return False
 
     @property
     def device(self) -> torch.device:
         return self.backprops.device
 
-    def directly(self) -> Self:
-        return replace(self, direct=True)
+    def norm_sq(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
     def kept(self) -> Kept:
         raise NotImplementedError
@@ -79,9 +75,55 @@ class _Product:
     def grad_sample(self) -> Tensor:
         return self.kept().values
 
+    def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        raise NotImplementedError
+
+    def in_float64(self, records: Tensor) -> Product:
+        raise NotImplementedError
+
+    def fold(self, rows_per_record: int) -> Gradient:
+        raise NotImplementedError
+
+    def ways(self) -> tuple[Method, ...]:
+        """Of taking norm and weighted sum: those of :mod:`.plan` that this kind of gradient has."""
+        raise NotImplementedError
+
+    def directly(self) -> Product:
+        """The same, with norms taken by forming each gradient and forgetting it, where that is one of the ways."""
+        raise NotImplementedError
+
+    @cached_property
+    def cost(self) -> Cost:
+        """What the planner weighs: the sizes of this gradient."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """Everything but the numbers of one record, for telling shapes apart."""
+        raise NotImplementedError
+
+    def like(self, records: int) -> Product:
+        """One of random numbers, of the same shape."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
-class LinearProduct(_Product):
+class _Pair(Product):
+    """What linear layers and convolutions share. ``direct``: as :meth:`directly` says."""
+
+    activations: Tensor
+    backprops: Tensor
+    direct: bool = field(default=False, kw_only=True)
+
+    @property
+    def formed(self) -> bool:
+        return self.direct
+
+    def directly(self) -> Self:
+        return replace(self, direct=True)
+
+
+@dataclass(frozen=True)
+class LinearProduct(_Pair):
     """Weight gradient of a linear layer: activations ``[N, T, D]``, backprops ``[N, T, P]``."""
 
     def norm_sq(self) -> tuple[Tensor, Tensor]:
@@ -145,7 +187,7 @@ class ConvGeometry:
 
 
 @dataclass(frozen=True)
-class ConvProduct(_Product):
+class ConvProduct(_Pair):
     """Weight gradient of a convolution: activations ``[N, C_in, *in]``, backprops ``[N, C_out, *out]``."""
 
     geometry: ConvGeometry
@@ -195,7 +237,7 @@ class ConvProduct(_Product):
 
 
 @dataclass(frozen=True)
-class EmbeddingProduct:
+class EmbeddingProduct(Product):
     """Gradient of an embedding table ``[V, D]``: indices ``[N, T]``, backprops ``[N, T, D]``; ``padding_idx < 0``:
     none."""
 
@@ -203,10 +245,6 @@ class EmbeddingProduct:
     backprops: Tensor
     entries: int
     padding_idx: int
-
-    @property
-    def records(self) -> int:
-        return self.indices.shape[0]
 
     def norm_sq(self) -> tuple[Tensor, Tensor]:
         return ops.embedding_norm_sq(self.indices, self.backprops, self.padding_idx)
@@ -233,19 +271,8 @@ class EmbeddingProduct:
             self, indices=_joined(self.indices, rows_per_record), backprops=_joined(self.backprops, rows_per_record)
         )
 
-    @property
-    def formed(self) -> bool:
-        return False
-
-    @property
-    def device(self) -> torch.device:
-        return self.backprops.device
-
     def ways(self) -> tuple[Method, ...]:
         return ("gram", "kept")
-
-    def directly(self) -> EmbeddingProduct:
-        return self
 
     @cached_property
     def cost(self) -> Cost:

@@ -18,7 +18,7 @@ import torch
 
 from .. import ops
 from .cost import Method
-from .gradients import Gradient
+from .products import Product
 
 _RECORDS, _REPEATS = 16, 5
 
@@ -30,7 +30,7 @@ def cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dp2vae_fast" / "timings.json"
 
 
-def measured(gradient: Gradient, method: Method) -> float:
+def measured(gradient: Product, method: Method) -> float:
     """Nanoseconds a record by ``method``: norm and weighted sum; from the cache, or taken now."""
     key = f"{_machine(gradient)} {gradient.describe()} {method}"
     known = _read()
@@ -41,7 +41,7 @@ def measured(gradient: Gradient, method: Method) -> float:
     return known[key]
 
 
-def _time(gradient: Gradient, method: Method) -> float:
+def _time(gradient: Product, method: Method) -> float:
     factors = torch.linspace(0.5, 1.0, gradient.records, device=gradient.device)
     took = []
     for _ in range(_REPEATS):
@@ -60,7 +60,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _machine(gradient: Gradient) -> str:
+def _machine(gradient: Product) -> str:
     """Everything outside the shape that a time depends on."""
     if gradient.device.type == "cuda":
         return f"{torch.cuda.get_device_name(gradient.device)} {_software()}"
