@@ -161,7 +161,7 @@ def test_a_parameter_that_is_frozen_gets_no_more_of_the_graph():
 def replaying(**options):
     """What a loop has in hand whose last batch was replayed, and stepped on."""
     _, _, module, optimizer, _ = make(**{"physical": None, **options})
-    optimizer.pending.draws_in_step = False  # the batches are of nobody's draw
+    optimizer.pending.one_draw_at_a_time = False  # the batches are of nobody's draw
     batches = CapturedBatches(optimizer, losses_of(module))
     x = torch.randn(8, 1, 8, 8)
     for _ in range(12):
@@ -210,7 +210,7 @@ def test_zero_grad_forgets_a_replayed_batch():
 def test_two_steps_on_one_draw_are_accounted_together_when_replayed_too():
     def spent(capture: bool, steps: int) -> float:
         engine, _, module, optimizer, loader = make(None)
-        loader.draws.in_step = False  # as with workers: nobody says how many records a draw has
+        loader.draws.drawn_on_demand = False  # as with workers: nobody says how many records a draw has
         batches, x = CapturedBatches(optimizer, losses_of(module)), torch.randn(8, 1, 8, 8)
         for _ in range(2):
             for _ in loader:

@@ -63,7 +63,7 @@ def private(rank: int | None, model: nn.Module, *, engine: PrivacyEngine | None 
     engine = engine or PrivacyEngine(accountant="rdp")
     parts = engine.make_private(module=model, optimizer=make(model.parameters()), data_loader=loader, **common)
     if isinstance(parts[1], DPOptimizer):
-        parts[1].pending.draws_in_step = False  # some tests step on batches of their own
+        parts[1].pending.one_draw_at_a_time = False  # some tests step on batches of their own
     return parts
 
 

@@ -119,7 +119,7 @@ class PoissonDataLoader(DataLoader):
         collate = wrap_collate_with_empty(collate_fn=loader.collate_fn, batch_first=batch_first)
         collate([loader.dataset[0]])  # it learns what a batch looks like, should the first draw be empty
         draws = PoissonSampler(stream, dataset_size=size, sample_rate=rate, steps=steps, share=share)
-        draws.in_step = loader.num_workers == 0
+        draws.drawn_on_demand = loader.num_workers == 0
         sampler: Sampler[list[int]] = draws
         if physical_batch_size is not None:
             sampler = PhysicalBatchSampler(draws, physical_batch_size)
@@ -156,19 +156,19 @@ class PoissonDataLoader(DataLoader):
         batches, sampler = super().__iter__(), self.batch_sampler  # which has begun a pass of the sampler
         self._pass = this = object()
         if isinstance(sampler, PhysicalBatchSampler):
-            return self._in_step(batches, sampler.parts, sampler.physical_batch_size, this)
+            return self._padded_batches(batches, sampler.parts, sampler.physical_batch_size, this)
         return self._counted(batches)
 
     # Workers fetch ahead: what a batch consists of is told when it is yielded, not when it was drawn.
 
     def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
-            if not self.draws.in_step:
+            if not self.draws.drawn_on_demand:
                 self.draws.next_in_use()
             yield batch
         self.draws.in_use = None
 
-    def _in_step(self, batches: Iterator[Any], parts: deque[Part], rows: int, this: object) -> Iterator[Any]:
+    def _padded_batches(self, batches: Iterator[Any], parts: deque[Part], rows: int, this: object) -> Iterator[Any]:
         for batch in batches:
             if self._pass is not this:
                 raise RuntimeError(
@@ -179,7 +179,7 @@ class PoissonDataLoader(DataLoader):
             self.mask = torch.arange(rows) < part.records
             if self.on_batch is not None:
                 self.on_batch(self.mask, part.first, part.last)
-            if part.first and not self.draws.in_step:
+            if part.first and not self.draws.drawn_on_demand:
                 self.draws.next_in_use()
             yield batch
         self.draws.in_use = None

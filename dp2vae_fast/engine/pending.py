@@ -12,13 +12,13 @@ class Pending:
         origins: batches and draws.
         batches: physical ones that were added up.
         records: of all of them.
-        draws_in_step: every batch is of the draw that a loader was asked for last.
+        one_draw_at_a_time: every batch is of the draw that a loader was asked for last.
     """
 
     def __init__(self) -> None:
         self.origins: set[Origin] = set()
         self.batches = self.records = 0
-        self.draws_in_step = False
+        self.one_draw_at_a_time = False
 
     def add(self, origins: set[Origin], records: int) -> None:
         """A batch of ``records`` records comes to what is pending."""
@@ -36,7 +36,7 @@ class Pending:
             ValueError: a record could be in the sum twice, or in one that is counted as a draw that it is not of.
         """
         draws = self._draws()
-        if self.draws_in_step and not draws:
+        if self.one_draw_at_a_time and not draws:
             raise ValueError(
                 "this batch is of no draw in use: the pass over the data loader that make_private returned was over "
                 "when the model saw it, or it is from elsewhere. Use each batch before the next is fetched"

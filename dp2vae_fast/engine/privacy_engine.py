@@ -423,7 +423,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         known = optimizer.capture.draws
         optimizer.capture.draws = draws = known if isinstance(known, Draws) else Draws()
         draws.add(loader.draws, self._counter)
-        optimizer.pending.draws_in_step = loader.draws.in_step
+        optimizer.pending.one_draw_at_a_time = loader.draws.drawn_on_demand
         loader.draws.begin_pass = optimizer.begin_pass
         if loader.is_padded:
             optimizer.padded = True

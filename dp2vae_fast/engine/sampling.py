@@ -63,13 +63,13 @@ class PoissonBatches:
     def split(self, drawn: Tensor) -> list[PhysicalBatch]:
         """The physical batches of one draw, at least one: ``drawn`` are the indices of its records."""
         size = self.physical_batch_size
-        count = max(1, math.ceil(len(drawn) / size))
-        indices = torch.zeros(count * size, dtype=torch.int64)
+        rows = max(1, math.ceil(len(drawn) / size)) * size
+        indices = torch.zeros(rows, dtype=torch.int64)
         indices[: len(drawn)] = drawn
-        mask = torch.arange(count * size) < len(drawn)
+        mask = torch.arange(rows) < len(drawn)
         return [
-            PhysicalBatch(indices[i : i + size], mask[i : i + size], last=i + size == count * size)
-            for i in range(0, count * size, size)
+            PhysicalBatch(indices[i : i + size], mask[i : i + size], last=i + size == rows)
+            for i in range(0, rows, size)
         ]
 
 
@@ -88,13 +88,13 @@ class PoissonSampler(UniformWithReplacementSampler):
         begin_pass: called at the start of a pass; true if it cut another one short, whose draws must then end.
         in_use: number and size of the draw whose records the user has been given last; None where nobody says. The
             size is None where workers fetch ahead.
-        in_step: draws are made when they are asked for, not ahead.
+        drawn_on_demand: draws are made when they are asked for, not ahead.
     """
 
     _numbers = count()  # unlike an id, none comes again when a sampler is gone
     begin_pass: Callable[[], bool] | None = None
     in_use: tuple[int, int | None] | None = None
-    in_step: bool = False
+    drawn_on_demand: bool = False
 
     def __init__(
         self, stream: Stream, *, dataset_size: int, sample_rate: float, steps: int, share: tuple[int, int] = (0, 1)
@@ -127,6 +127,6 @@ class PoissonSampler(UniformWithReplacementSampler):
                     "its rest cannot be told from the next draw. Finish one pass before the next, or use another loader"
                 )
             drawn = self.stream.poisson(self.num_samples, self.sample_rate)
-            if self.in_step:
+            if self.drawn_on_demand:
                 self.next_in_use(len(drawn))
             yield (drawn * self.share[1] + self.share[0]).tolist()

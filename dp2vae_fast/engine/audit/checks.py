@@ -99,7 +99,7 @@ def audit_engine(
         raise ValueError(f"records: fields of {sorted(lengths)} rows, expected one number of rows, at least {_BESIDE}")
     module, optimizer, loader = make()
     if isinstance(optimizer, DPOptimizer):  # the audit's batches are of no draw
-        optimizer.capture.draws, optimizer.pending.draws_in_step = set, False
+        optimizer.capture.draws, optimizer.pending.one_draw_at_a_time = set, False
     count = lengths.pop()
     sampler: Any = getattr(loader, "draws", loader.batch_sampler)
     if sampler is None:
