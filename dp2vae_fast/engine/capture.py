@@ -31,7 +31,7 @@ from .book import Book, Origin
 from .calls import Calls
 from .gradients import Gradient
 from .hooks import Hooks
-from .layers import is_cross_record
+from .layers import why_not_private
 from .plan import Plan
 from .products import add
 from .tap import Taps
@@ -89,7 +89,7 @@ class Capture:
         refusals = {
             layer: guards.refuse_in_training(f"layer {name!r} ({type(layer).__name__}) {reason}")
             for name, layer in module.named_modules()
-            if (reason := is_cross_record(layer))
+            if (reason := why_not_private(layer))
         }
         for layer, refuse in refusals.items():  # before any hook is on: what is refused stays as it was
             refuse(layer, ())

@@ -178,7 +178,7 @@ def registered_layer_types() -> tuple[type[nn.Module], ...]:
     return tuple(_RULES)
 
 
-def is_cross_record(layer: nn.Module) -> str | None:
+def why_not_private(layer: nn.Module) -> str | None:
     """Why ``layer``, in training mode, would mix records or remember them, or has no per-sample rule at all; None where
     it can be trained."""
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):

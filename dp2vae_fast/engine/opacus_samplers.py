@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .clipping import bounded_norms
 from .gradients import Gradient, Kept
-from .layers import is_cross_record, registered_layer_types, rule_of_type
+from .layers import registered_layer_types, rule_of_type, why_not_private
 from .plan import Plan
 from .precision import full_precision
 
@@ -120,7 +120,7 @@ def norm_sampler(layer: nn.Module, activations: list[Tensor], backprops: Tensor)
 def _gradients(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Gradient]:
     """What the layer's rule says, for its own trainable parameters: Opacus wants each of them and no other."""
     trainable = {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
-    if layer.training and (reason := is_cross_record(layer)):
+    if layer.training and (reason := why_not_private(layer)):
         raise NotImplementedError(f"{type(layer).__name__} {reason}")
     if len(backprops) == 0:
         return {p: Kept(p.new_zeros(0, *p.shape)) for p in trainable.values()}

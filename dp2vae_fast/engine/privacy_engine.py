@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from inspect import signature
 from typing import Any
 from weakref import WeakSet
@@ -346,12 +347,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
         kwargs.pop("secure_mode", None)
         generator = kwargs.pop("noise_generator", None)
         keystream = self.keystream if generator is None else self._own(Keystream.from_generator(generator))
-        several: dict[str, Ranks] = {}
-        if self._ranks is not None:
-            several["ranks"] = self._ranks
-            self._ranks.agree(kwargs | {"secure_mode": self.secure_mode})
-            self._ranks.check_parameters(optimizer)
-            keystream = self._own(self._ranks.share(keystream))
+        kind, ranks = DPOptimizer, self._ranks
+        if ranks is not None:
+            kind = partial(DistributedDPOptimizer, ranks=ranks)
+            ranks.agree(kwargs | {"secure_mode": self.secure_mode})
+            ranks.check_parameters(optimizer)
+            keystream = self._own(ranks.share(keystream))
         if isinstance(optimizer, OpacusDPOptimizer):
             optimizer = optimizer.original_optimizer
         capture = self._capture_of(optimizer)
@@ -363,8 +364,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         kwargs["clipping"], kwargs["max_grad_norm"] = clipping_of(kwargs, names, keystream)
         if unknown := kwargs.keys() - signature(DPOptimizer).parameters.keys():
             raise TypeError(f"make_private has no option {min(unknown)!r} with clipping={mode!r}: leave it out")
-        kind = DistributedDPOptimizer if several else DPOptimizer
-        return kind(optimizer, capture=capture, stream=keystream.stream("DP-SGD"), **several, **kwargs)
+        return kind(optimizer, capture=capture, stream=keystream.stream("DP-SGD"), **kwargs)
 
     @staticmethod
     def _set_capture(capture: Capture, rows_per_record: int | None, verify: bool, plan: Plan | None) -> None:

@@ -168,15 +168,25 @@ class FirstBatch:
         calls, self._calls = self._calls, []
         if not calls:
             return
-        generator = torch.Generator().manual_seed(self._attempts)
-        signs = (torch.randint(2, (records,), generator=generator) * 2 - 1) * (
-            0.5 + torch.rand(records, generator=generator)
-        )
-        axis = self.repeats.axis
-        whole = True  # every output has a row a record, or several
+        whole = self._every_output_has_rows(calls, records)
+        weights = self._random_weights(records) if whole else torch.ones(records)
+        captured = [_summed(name, p, uses, weights.to(p.device)) for name, p, uses in found]
+        if all(c.size < math.inf for c in captured):
+            self._weighed = _Weighed(calls, weights if whole else None, records, rows_per_record, captured)
+            return
+        self._attempts += 1
+        if self._attempts >= _ATTEMPTS:
+            self.give_up("every batch so far had a record whose gradient is not finite")
+
+    def _every_output_has_rows(self, calls: list[Call], records: int) -> bool:
+        """Whether each has a row a record, or several; the user is warned where one has not.
+
+        Raises:
+            NotImplementedError: none of a call's outputs has, and they are no losses.
+        """
+        axis, whole = self.repeats.axis, True
         for shapes in (call.shapes for call in calls):
-            by_row = [_has_rows(shape, axis, records) for shape in shapes]
-            whole &= all(by_row)
+            whole &= all(_has_rows(shape, axis, records) for shape in shapes)
             # Of a model whose layers have the batch second, an output may have it first.
             known = any(_has_rows(shape, place, records) for shape in shapes for place in {0, axis})
             if known or all(len(shape) <= axis or shape.numel() == 1 for shape in shapes):
@@ -188,28 +198,20 @@ class FirstBatch:
                 "their order, and freeze layers that work on something else"
             )
             raise NotImplementedError(self._refused)
-        if not whole:
-            signs = torch.ones(records)
-            if self._attempts == 0:
-                warnings.warn(
-                    "only the total of the first batch's gradients is checked against autograd's, as the model returns "
-                    "something that has no row a record (a loss of its own?): rows that it reorders or mixes would "
-                    "not be noticed",
-                    stacklevel=2,
-                )
-        captured = []
-        for name, p, uses in found:
-            size = sum((float(torch.stack(g.norm_sq()).sum()) for g in uses), 0.0) ** 0.5
-            if not size < math.inf:
-                self._attempts += 1
-                if self._attempts >= _ATTEMPTS:
-                    self.give_up("every batch so far had a record whose gradient is not finite")
-                return
-            weights, total = signs.to(p.device), None
-            for g in uses:
-                total = _plus(total, g.weighted_sum(weights).to(_wide(p)))
-            captured.append(_Captured(name, p, total, size))
-        self._weighed = _Weighed(calls, signs if whole else None, records, rows_per_record, captured)
+        if not whole and self._attempts == 0:
+            warnings.warn(
+                "only the total of the first batch's gradients is checked against autograd's, as the model returns "
+                "something that has no row a record (a loss of its own?): rows that it reorders or mixes would "
+                "not be noticed",
+                stacklevel=3,
+            )
+        return whole
+
+    def _random_weights(self, records: int) -> Tensor:
+        """One a record, of random sign and between 0.5 and 1.5 in size."""
+        generator = torch.Generator().manual_seed(self._attempts)
+        signs = torch.randint(2, (records,), generator=generator) * 2 - 1
+        return signs * (0.5 + torch.rand(records, generator=generator))
 
     def compare(self) -> None:
         """Compare what :meth:`weigh` left, if anything, with autograd's gradients.
@@ -262,6 +264,14 @@ class FirstBatch:
         self._records += weighed.records
         enough = self._records >= _ENOUGH and self.proved.issuperset(parameters)
         self.waiting = not enough and self._attempts < _ATTEMPTS
+
+
+def _summed(name: str, parameter: Tensor, uses: Sequence[Gradient], weights: Tensor) -> _Captured:
+    size = sum((float(torch.stack(g.norm_sq()).sum()) for g in uses), 0.0) ** 0.5
+    total = None
+    for g in uses:
+        total = _plus(total, g.weighted_sum(weights).to(_wide(parameter)))
+    return _Captured(name, parameter, total, size)
 
 
 def _has_rows(shape: torch.Size, axis: int, records: int) -> bool:
