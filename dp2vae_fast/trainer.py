@@ -30,7 +30,6 @@ from .vae.data import DataError, ImageData, check_trainable, load_images, to_pix
 from .vae.encoder import MODES, Pretrained, pretrain
 from .vae.evaluate import evaluate
 from .vae.latents import LatentCache, decoder_losses
-from .vae.loop import make_optimizer
 from .vae.models import Decoder, ModelSpec, build_decoder
 from .vae.release import save_for_curator, save_release
 from .vae.report import report_on
@@ -112,14 +111,10 @@ class Trainer:
         Ctrl-C ends the run after the current step, with a checkpoint, and raises ``KeyboardInterrupt``.
         """
         config = self.config
-        if config.performance.threads is not None:
-            torch.set_num_threads(config.performance.threads)
         if self.out is not None:
             check_output(self.out, resume=self.resume)
-        device = find_device(config.performance.device)
-        train, self.test_data = load_split(config, self._images)
+        device, train, self.test_data, spec = self._prepared()
         self.train_data = train
-        spec = model_spec(config, train)
         build_decoder(spec)  # what cannot be built, or afforded, is found out before anything is written
         budget = plan_budget(config, len(train))
         doubts = _doubts(config, len(train))
@@ -147,13 +142,10 @@ class Trainer:
             canaries: coins of the one-run bound on epsilon, which can certify little more than ln(canaries / 5).
         """
         config = self.config
-        if config.performance.threads is not None:
-            torch.set_num_threads(config.performance.threads)
         seed = 0 if config.privacy.seed is None else config.privacy.seed
         config = replace(config, privacy=replace(config.privacy, seed=seed))
-        device = find_device(config.performance.device)
-        train, _ = load_split(config, self._images)
-        spec, budget = model_spec(config, train), plan_budget(config, len(train))
+        device, train, _, spec = self._prepared()
+        budget = plan_budget(config, len(train))
         with StopRequest() as stop:
 
             def stage(records: ImageData) -> Stage:
@@ -193,6 +185,15 @@ class Trainer:
         save_release(folder, self.decoder, self.report, self.metrics)
         save_for_curator(folder / "curator", self.train_data, self.history)
 
+    def _prepared(self) -> tuple[torch.device, ImageData, ImageData, ModelSpec]:
+        """Device, training and held-out records, and what the decoder is built from; sets the number of threads."""
+        config = self.config
+        if config.performance.threads is not None:
+            torch.set_num_threads(config.performance.threads)
+        device = find_device(config.performance.device)
+        train, test = load_split(config, self._images)
+        return device, train, test, model_spec(config, train)
+
     def _require_fitted(self) -> None:
         if not hasattr(self, "report"):
             raise RunError("nothing has been trained yet: call fit() first")
@@ -200,7 +201,7 @@ class Trainer:
 
 def train_decoder(stage: Stage, pretrained: Pretrained) -> Decoder:
     """Stage 2: DP-SGD on the decoder alone, from the frozen encoder's latents."""
-    settings, decoder = stage.config.optimization, pretrained.decoder
+    decoder, ema_decay = pretrained.decoder, stage.config.optimization.ema_decay
     path = stage.run.curator_file("latents.f32")
     if path is None:
         latents = LatentCache.build(pretrained.encoder, stage.train, stage.device)
@@ -212,19 +213,16 @@ def train_decoder(stage: Stage, pretrained: Pretrained) -> Decoder:
         as_planned = set(spent) == set(planned) and len(spent) == len(planned)
         mechanism = stage.budget.step if as_planned else calibrate_step(stage.config, len(stage.train), spent)
     mechanism = replace(mechanism, steps=stage.config.privacy.steps)
-    optimizer = make_optimizer(
-        settings.optimizer, decoder, settings.learning_rate, settings.momentum, settings.weight_decay
-    )
     noise = stage.keys.generator("latents")
     parts: dict[str, Stateful] = {"latents": GeneratorState(noise)}
     average = None
-    if settings.ema_decay > 0:
-        average = AveragedModel(decoder, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
+    if ema_decay > 0:
+        average = AveragedModel(decoder, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         parts["average"] = average
     stage.run_dp_sgd(
         mechanism,
         decoder,
-        optimizer,
+        stage.decoder_optimizer(decoder),
         decoder_losses(stage.train, latents, noise, stage.spec, stage.config.model),
         rows_per_record=stage.config.model.iwae_samples,
         parts=parts,

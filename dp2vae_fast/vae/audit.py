@@ -24,12 +24,11 @@ from ..engine.audit import Check, audit_subject
 from ..engine.audit.released import Released, Subject
 from ..engine.sampling import PoissonBatches
 from ..runs.checkpoint import write_json
-from .budget import DP_SGD
 from .data import ImageData, make_image_data
 from .encoder import Pretrained, pretrain
 from .held import Held
 from .latents import LatentCache, decoder_losses
-from .loop import StepMechanism, make_optimizer, privatize, step_on
+from .loop import privatize, step_on
 from .report import write_report
 from .stage import Stage, plan_of
 
@@ -126,24 +125,8 @@ def stage_2(stage: Stage, pretrained: Pretrained, *, canaries: int) -> Subject:
     latents.values[:, 1] = -200.0 if config.model.iwae_samples == 1 else -20.0
 
     decoder = copy.deepcopy(pretrained.decoder).train()
-    optimization, step = config.optimization, stage.budget.step
-    optimizer = make_optimizer(
-        optimization.optimizer,
-        decoder,
-        optimization.learning_rate,
-        optimization.momentum,
-        optimization.weight_decay,
-    )
-    keystream = stage.keys.keystream("audit")
-    dp = StepMechanism(
-        DP_SGD,
-        step.noise_multiplier,
-        privacy.max_grad_norm,
-        privacy.expected_batch_size,
-        len(train),
-        step.steps,
-        config.model.iwae_samples,
-    )
+    step, keystream = stage.budget.step, stage.keys.keystream("audit")
+    optimizer, dp = stage.decoder_optimizer(decoder), stage.step_mechanism(step, config.model.iwae_samples)
     engine, plan = config.performance.engine, plan_of(config)
     private_module, private_optimizer = privatize(decoder, optimizer, dp, keystream, engine, plan)
     private_module.train()

@@ -21,8 +21,8 @@ from ..runs.interrupt import StopRequest
 from ..runs.keys import RunKeys
 from .budget import Budget
 from .data import ImageData
-from .loop import RecordLosses, StepInfo, StepMechanism, dp_sgd
-from .models import ModelSpec
+from .loop import RecordLosses, StepInfo, StepMechanism, dp_sgd, make_optimizer
+from .models import Decoder, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,26 @@ class Stage:
             self.run.save(file, saved)
         return saved["released"]
 
+    def step_mechanism(self, mechanism: Mechanism, rows_per_record: int = 1) -> StepMechanism:
+        """A planned ``mechanism`` as DP-SGD on the training records."""
+        privacy = self.config.privacy
+        return StepMechanism(
+            mechanism.name,
+            mechanism.noise_multiplier,
+            privacy.max_grad_norm,
+            privacy.expected_batch_size,
+            len(self.train),
+            mechanism.steps,
+            rows_per_record,
+        )
+
+    def decoder_optimizer(self, decoder: Decoder) -> Optimizer:
+        """The optimizer of stage 2, as the configuration says."""
+        settings = self.config.optimization
+        return make_optimizer(
+            settings.optimizer, decoder, settings.learning_rate, settings.momentum, settings.weight_decay
+        )
+
     def run_dp_sgd(
         self,
         mechanism: Mechanism,
@@ -128,21 +148,13 @@ class Stage:
             parts: everything else whose state the checkpoint must hold.
             on_step: called after every step, before a checkpoint is written.
         """
-        privacy, performance, ledger = self.config.privacy, self.config.performance, self.run.ledger
+        performance, ledger = self.config.performance, self.run.ledger
         file = _file(mechanism.name)
         every: dict[str, Stateful] = {"module": module, "optimizer": optimizer, **parts}
         done = self._restore(file, every)
         self.require_spent(file, mechanism.name, done)
         first_step = max(done, ledger.steps_before_key(mechanism.name))
-        dp = StepMechanism(
-            mechanism.name,
-            mechanism.noise_multiplier,
-            privacy.max_grad_norm,
-            privacy.expected_batch_size,
-            len(self.train),
-            mechanism.steps,
-            rows_per_record,
-        )
+        dp = self.step_mechanism(mechanism, rows_per_record)
 
         def after(info: StepInfo) -> None:
             on_step()
