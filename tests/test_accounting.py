@@ -44,8 +44,7 @@ def exact_delta(mu: float, eps: float) -> float:
 @pytest.mark.parametrize("name", RUNS)
 def test_agrees_with_an_independent_accountant_and_never_lies_below_it(name):
     ours, theirs = epsilon(RUNS[name], DELTA), independent_epsilon(RUNS[name], DELTA)
-    assert ours >= theirs * (1 - 1e-3)
-    assert abs(ours - theirs) <= 0.02 + 0.01 * theirs
+    assert theirs <= ours <= theirs + 0.02  # Opacus adds 0.01 to an estimate that is within 0.01 of the truth
 
 
 @pytest.mark.parametrize("name", RUNS)
