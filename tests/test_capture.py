@@ -363,9 +363,12 @@ def test_a_gradient_of_nothing_but_rounding_is_no_reason_to_refuse():
         def forward(self, x: Tensor) -> Tensor:
             return x + self.shift
 
-    model = nn.Sequential(Shift(), nn.InstanceNorm2d(4))  # takes the shift away again
-    Capture(model)
+    model = nn.Sequential(Shift(), nn.InstanceNorm2d(4), nn.Conv2d(4, 2, 3))  # takes the shift away again
+    capture = Capture(model)
     record_loss(model(3 + torch.randn(50, 4, 9, 9))).sum().backward()
+    capture.take(list(model.parameters()))
+    capture.check_first_batch()
+    assert capture.first_batch.proved == set(model[2].parameters())
 
 
 def test_layers_inside_a_layer_that_names_their_parameters():

@@ -69,12 +69,13 @@ def test_so_does_an_error_that_somebody_caught():
 
 
 def test_a_step_alone_after_an_error_goes_on():
-    _, _, module, optimizer, loader = private(1)
+    engine, _, module, optimizer, loader = private(1)
     for number, (batch,) in enumerate(loader):
         if number % 3:
             backward(module, batch)
         optimizer.step()
         optimizer.zero_grad()
+    assert number > len(loader) and engine.accountant.history == [(0.0, 8 / N, len(loader))]  # a draw is one step
 
 
 def test_batches_fetched_ahead_are_refused_and_no_mask_is_used_twice():

@@ -153,7 +153,9 @@ def test_opacus_own_modes_still_work(mode: str):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
-        parts = PrivacyEngine().make_private(
+        before = [p.detach().clone() for p in model.parameters()]
+        engine = PrivacyEngine()
+        parts = engine.make_private(
             module=model,
             optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
             data_loader=loader(),
@@ -167,6 +169,8 @@ def test_opacus_own_modes_still_work(mode: str):
         criterion = parts[2] if mode == "ghost" else nn.CrossEntropyLoss()
         criterion(private(batch), torch.zeros(len(batch), dtype=torch.int64)).backward()
         optimizer.step()
+    assert isinstance(optimizer, opacus.optimizers.DPOptimizer) and len(engine.accountant) == 1
+    assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
 def test_checkpoints_restore_model_optimizer_and_accountant(tmp_path):

@@ -64,11 +64,18 @@ def test_what_mixes_or_moves_records_is_refused_before_the_first_step(name: str)
 
 
 def test_it_is_on_by_default_and_can_be_turned_off():
+    for settings in ({}, {"verify_first_step": True}):
+        private, optimizer = privatize(Wrong(BETWEEN["rows turned"]), **settings)
+        record_loss(private(batch(64))).sum().backward()
+        with pytest.raises(NotImplementedError, match="not autograd's"):
+            optimizer.step()
     private, optimizer = privatize(Wrong(BETWEEN["rows turned"]), verify_first_step=False)
     for seed in range(3):
+        before = private.first.weight.detach().clone()
         record_loss(private(batch(64, seed))).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+        assert not torch.equal(private.first.weight, before)
 
 
 def test_a_layer_on_something_as_long_as_the_batch():
