@@ -25,10 +25,10 @@ from sklearn.datasets import load_digits, load_sample_image
 from torch import Tensor
 
 from dp2vae_fast import ops
-from dp2vae_fast.engine.capture import Capture
+from dp2vae_fast.engine.capture.capture import Capture
 from dp2vae_fast.engine.clipping import FlatClipping
-from dp2vae_fast.engine.gradients import Gradient, Kept
-from dp2vae_fast.engine.plan import Plan
+from dp2vae_fast.engine.gradients.gradient import Gradient, Kept
+from dp2vae_fast.engine.gradients.plan import Plan
 from dp2vae_fast.engine.precision import records_at_most, sum_rounding
 from dp2vae_fast.vae.losses import reconstruction
 from dp2vae_fast.vae.models import Decoder, ModelSpec, build_decoder

@@ -34,8 +34,8 @@ from harness import MALLOC, surroundings
 from record import Record, rounded
 from timing import copying, product_rate
 
-from dp2vae_fast.engine.gradients import Gradient
-from dp2vae_fast.engine.products import Product
+from dp2vae_fast.engine.gradients.gradient import Gradient
+from dp2vae_fast.engine.gradients.products import Product
 
 
 def least(gradient: Gradient) -> float:

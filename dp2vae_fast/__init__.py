@@ -4,9 +4,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 from .engine.captured import CapturedBatches
-from .engine.layers import register_layer_rule
+from .engine.gradients.layers import register_layer_rule
+from .engine.gradients.plan import Plan
 from .engine.opacus_samplers import register_with_opacus
-from .engine.plan import Plan
 from .engine.privacy_engine import PrivacyEngine
 from .ops import backend, backends_table
 

@@ -21,7 +21,7 @@ from rich.table import Column, Table
 
 from .config import Config, ConfigError, load_config, recipes
 from .engine.audit import Check
-from .engine.plan import Plan, memory_overhead
+from .engine.gradients.plan import Plan, memory_overhead
 from .ops import backends_table
 from .runs.checkpoint import RunError, write_atomic, write_json
 from .runs.environment import versions

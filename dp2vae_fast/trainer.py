@@ -18,8 +18,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .config import Config, ConfigError, load_config
 from .engine.audit import Check
-from .engine.plan import Plan
-from .engine.planning import plan_for
+from .engine.gradients.plan import Plan
+from .engine.gradients.planning import plan_for
 from .runs.checkpoint import RunError
 from .runs.folder import RunFolder, check_output
 from .runs.interrupt import StopRequest

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dp2vae_fast import ops
 from dp2vae_fast.engine.clipping import AutomaticClipping, FlatClipping, GroupClipping
-from dp2vae_fast.engine.gradients import Gradient, Kept
+from dp2vae_fast.engine.gradients.gradient import Gradient, Kept
+from dp2vae_fast.engine.gradients.products import ConvGeometry, ConvProduct, EmbeddingProduct, LinearProduct
 from dp2vae_fast.engine.precision import RECORDS_PER_PART, records_at_most, roundings_on, sum_rounding
-from dp2vae_fast.engine.products import ConvGeometry, ConvProduct, EmbeddingProduct, LinearProduct
 from dp2vae_fast.ops import _op
 from dp2vae_fast.ops import norm as norm_ops
 

@@ -22,8 +22,8 @@ from record import Record
 from test_captured import Again
 
 from dp2vae_fast.engine import captured
-from dp2vae_fast.engine.gradients import Kept
-from dp2vae_fast.engine.products import LinearProduct
+from dp2vae_fast.engine.gradients.gradient import Kept
+from dp2vae_fast.engine.gradients.products import LinearProduct
 from dp2vae_fast.ops import _op
 
 TINY = "W1-decoder@6"

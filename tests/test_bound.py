@@ -13,12 +13,12 @@ from cases import LAYER_CASES, LayerCase, record_loss
 from torch import Tensor, nn
 
 from dp2vae_fast import PrivacyEngine, ops
-from dp2vae_fast.engine.capture import Capture
+from dp2vae_fast.engine.capture.capture import Capture
 from dp2vae_fast.engine.clipping import FlatClipping
-from dp2vae_fast.engine.gradients import Gradient
-from dp2vae_fast.engine.plan import Plan
+from dp2vae_fast.engine.gradients.gradient import Gradient
+from dp2vae_fast.engine.gradients.plan import Plan
+from dp2vae_fast.engine.gradients.products import ConvGeometry, ConvProduct, LinearProduct
 from dp2vae_fast.engine.precision import BATCHES_IN_FLOAT32
-from dp2vae_fast.engine.products import ConvGeometry, ConvProduct, LinearProduct
 
 BOUND = 0.7
 RECORDS = 6

@@ -13,8 +13,8 @@ from opacus.layers import DPLSTM
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dp2vae_fast.engine.capture import Capture
-from dp2vae_fast.engine.plan import Plan
+from dp2vae_fast.engine.capture.capture import Capture
+from dp2vae_fast.engine.gradients.plan import Plan
 
 D = torch.float64
 

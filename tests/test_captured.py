@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from dp2vae_fast import PrivacyEngine, Trainer
 from dp2vae_fast.engine import captured, clipping
 from dp2vae_fast.engine.captured import CapturedBatches
+from dp2vae_fast.engine.gradients.products import LinearProduct
 from dp2vae_fast.engine.keystream import Keystream
-from dp2vae_fast.engine.products import LinearProduct
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from dp2vae_fast import PrivacyEngine, ops
 from dp2vae_fast.engine.clipping import AdaptiveClipping, FlatClipping, GroupClipping, bounded_norms
-from dp2vae_fast.engine.gradients import Gradient, Kept
+from dp2vae_fast.engine.gradients.gradient import Gradient, Kept
+from dp2vae_fast.engine.gradients.products import ConvGeometry, ConvProduct, LinearProduct
 from dp2vae_fast.engine.keystream import Keystream
-from dp2vae_fast.engine.products import ConvGeometry, ConvProduct, LinearProduct
 from dp2vae_fast.ops import _op
 
 D = torch.float64

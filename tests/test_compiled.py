@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader, TensorDataset
 
 from dp2vae_fast import PrivacyEngine
-from dp2vae_fast.engine.capture import Capture
+from dp2vae_fast.engine.capture.capture import Capture
 from dp2vae_fast.engine.keystream import Keystream
 
 D = torch.float64

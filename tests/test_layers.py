@@ -10,10 +10,10 @@ import torch
 from cases import LAYER_CASES, BareScale, LayerCase, grads_by_vmap, grads_one_by_one, record_loss
 from torch import Tensor, nn
 
-from dp2vae_fast.engine.capture import Capture
-from dp2vae_fast.engine.gradients import Gradient
-from dp2vae_fast.engine.layers import find_rule, register_layer_rule
-from dp2vae_fast.engine.plan import Plan
+from dp2vae_fast.engine.capture.capture import Capture
+from dp2vae_fast.engine.gradients.gradient import Gradient
+from dp2vae_fast.engine.gradients.layers import find_rule, register_layer_rule
+from dp2vae_fast.engine.gradients.plan import Plan
 
 DOUBLE = 1e-10  # relative, float64
 FLOAT_FLOOR = 2e-6  # relative, float32: some ten rounded additions deep

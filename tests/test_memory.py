@@ -11,7 +11,7 @@ from loops import privatize
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dp2vae_fast.engine.capture import Capture
+from dp2vae_fast.engine.capture.capture import Capture
 
 Update = Callable[["Remembers", Tensor], None]
 

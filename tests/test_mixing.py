@@ -12,7 +12,7 @@ from cases import record_loss
 from loops import privatize
 from torch import Tensor, nn
 
-from dp2vae_fast.engine.capture import Capture
+from dp2vae_fast.engine.capture.capture import Capture
 
 D = torch.float64
 Change = Callable[[Tensor], Tensor]

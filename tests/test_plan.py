@@ -13,14 +13,14 @@ from torch import nn
 from typer.testing import CliRunner
 
 from dp2vae_fast.cli import app
-from dp2vae_fast.engine import timing
-from dp2vae_fast.engine.capture import Capture
+from dp2vae_fast.engine.capture.capture import Capture
 from dp2vae_fast.engine.clipping import bounded_norms
-from dp2vae_fast.engine.cost import METHODS
-from dp2vae_fast.engine.gradients import Kept
-from dp2vae_fast.engine.plan import Plan, memory_overhead
-from dp2vae_fast.engine.planning import plan_for
-from dp2vae_fast.engine.products import LinearProduct
+from dp2vae_fast.engine.gradients import timing
+from dp2vae_fast.engine.gradients.cost import METHODS
+from dp2vae_fast.engine.gradients.gradient import Kept
+from dp2vae_fast.engine.gradients.plan import Plan, memory_overhead
+from dp2vae_fast.engine.gradients.planning import plan_for
+from dp2vae_fast.engine.gradients.products import LinearProduct
 
 
 def decoder() -> nn.Module:

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 from dp2vae_fast import PrivacyEngine, ops
-from dp2vae_fast.engine.capture import Capture
+from dp2vae_fast.engine.capture.capture import Capture
 from dp2vae_fast.engine.keystream import Keystream
 from dp2vae_fast.engine.precision import sum_rounding
 from dp2vae_fast.ops import _op

@@ -12,7 +12,7 @@ from cases import lying
 from torch import Tensor, nn
 
 from dp2vae_fast import ops
-from dp2vae_fast.engine.products import ConvGeometry, ConvProduct, EmbeddingProduct, LinearProduct
+from dp2vae_fast.engine.gradients.products import ConvGeometry, ConvProduct, EmbeddingProduct, LinearProduct
 from dp2vae_fast.ops import _op
 from dp2vae_fast.ops.gradient import PARTS_PER_BLOCK, RECORDS_PER_PART
 

@@ -13,7 +13,7 @@ from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipp
 from torch import Tensor, nn
 
 from dp2vae_fast import register_layer_rule, register_with_opacus
-from dp2vae_fast.engine import layers
+from dp2vae_fast.engine.gradients import layers
 from dp2vae_fast.engine.opacus_samplers import grad_sampler, norm_sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore:Secure RNG turned off", "ignore:.*weight_norm")

@@ -12,7 +12,7 @@ from test_triton import DEVICE
 from torch import Tensor
 
 from dp2vae_fast import ops
-from dp2vae_fast.engine.products import ConvProduct
+from dp2vae_fast.engine.gradients.products import ConvProduct
 
 triton = pytest.importorskip("triton")
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from dp2vae_fast import ops
 from dp2vae_fast.engine import clipping
 from dp2vae_fast.engine.clipping import FlatClipping
-from dp2vae_fast.engine.gradients import Kept
+from dp2vae_fast.engine.gradients.gradient import Kept
+from dp2vae_fast.engine.gradients.products import ConvGeometry, ConvProduct, LinearProduct
 from dp2vae_fast.engine.precision import RECORDS_PER_PART, sum_rounding
-from dp2vae_fast.engine.products import ConvGeometry, ConvProduct, LinearProduct
 from dp2vae_fast.ops import norm as norm_ops
 
 triton = pytest.importorskip("triton")

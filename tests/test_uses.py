@@ -9,9 +9,9 @@ import torch
 from cases import LAYER_CASES, LayerCase, grads_one_by_one, record_loss
 from torch import Tensor, nn
 
-from dp2vae_fast.engine.capture import Capture
-from dp2vae_fast.engine.layers import find_rule
-from dp2vae_fast.engine.plan import Plan
+from dp2vae_fast.engine.capture.capture import Capture
+from dp2vae_fast.engine.gradients.layers import find_rule
+from dp2vae_fast.engine.gradients.plan import Plan
 
 D = torch.float64
 N = 4

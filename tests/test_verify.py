@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dp2vae_fast import PrivacyEngine
-from dp2vae_fast.engine.products import LinearProduct
+from dp2vae_fast.engine.gradients.products import LinearProduct
 
 D = torch.float64
 

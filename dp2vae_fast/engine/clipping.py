@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.norm import product_error
-from .gradients import Gradient
+from .gradients.gradient import Gradient
+from .gradients.products import Product
 from .keystream import Keystream, Stream
 from .precision import STILL_COUNTED
-from .products import Product
 
 # Where the error bound of a squared norm is more than this part of it, the norm is taken again in float64: otherwise
 # the record would be clipped by more than half of that too short.

@@ -10,7 +10,7 @@ from weakref import WeakSet
 
 from opacus.accountants import IAccountant
 
-from .book import Origin
+from .capture.book import Origin
 from .sampling import PoissonSampler
 
 

@@ -9,7 +9,7 @@ from opacus.grad_sample.gsm_base import (
 )
 from torch import nn
 
-from .capture import Capture
+from .capture.capture import Capture
 
 
 class FusedGradSampleHooks(AbstractGradSampleHooks):
@@ -18,7 +18,7 @@ class FusedGradSampleHooks(AbstractGradSampleHooks):
 
     Args:
         m: the model.
-        batch_first: see :class:`~.capture.Capture`.
+        batch_first: see :class:`~.capture.capture.Capture`.
         loss_reduction: how the user's loss combines records, "mean" or "sum".
     """
 

@@ -1,7 +1,7 @@
 """This package's layer rules inside Opacus' own modes, for code that keeps Opacus' engine.
 
 Opacus looks up by a layer's exact type how its per-sample gradients ("hooks") and their norms ("ghost") are computed.
-:func:`register_with_opacus` puts the rules of :mod:`.layers` there.
+:func:`register_with_opacus` puts the rules of :mod:`.gradients.layers` there.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipp
 from torch import Tensor, nn
 
 from .clipping import bounded_norms
-from .gradients import Gradient, Kept
-from .layers import registered_layer_types, rule_of_type, why_not_private
-from .plan import Plan
+from .gradients.gradient import Gradient, Kept
+from .gradients.layers import registered_layer_types, rule_of_type, why_not_private
+from .gradients.plan import Plan
 from .precision import full_precision
 
 Sampler = Callable[..., dict[nn.Parameter, Tensor]]
@@ -63,8 +63,8 @@ class Registration:
 def register_with_opacus(*, conv_norms: bool = True) -> Registration:
     """Use this package's layer rules in Opacus' modes "hooks" and "ghost", in the whole process.
 
-    Every layer type with a rule (:func:`~.layers.register_layer_rule`; exactly that type) gets a grad sampler:
-    transposed convolutions without ``vmap``, convolutions of any ``padding_mode``, memory format and groups,
+    Every layer type with a rule (:func:`~.gradients.layers.register_layer_rule`; exactly that type) gets a grad
+    sampler: transposed convolutions without ``vmap``, convolutions of any ``padding_mode``, memory format and groups,
     normalisation layers without bias, embeddings with ``padding_idx``, empty batches. Linear, embedding and convolution
     layers also get a norm sampler for "ghost", whatever the rank of their input. It returns an upper bound of the norm,
     so that no rounding of the norm lets a record exceed ``max_grad_norm``. Register before or after ``make_private``;

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from .. import ops
-from .book import Origin
-from .capture import Capture
+from .capture.book import Origin
+from .capture.capture import Capture
 from .clipping import Clipping, FlatClipping
-from .gradients import Gradient
+from .gradients.gradient import Gradient
 from .keystream import Stream
 from .pending import Pending
 from .precision import BATCHES_IN_FLOAT32, full_precision, roundings_on, sum_rounding
@@ -24,8 +24,8 @@ from .update import FusedUpdate
 
 
 class DPOptimizer(OpacusDPOptimizer):
-    """Takes per-sample gradients from a :class:`~.capture.Capture`, clips, sums, adds noise, and steps the inner
-    optimizer.
+    """Takes per-sample gradients from a :class:`~.capture.capture.Capture`, clips, sums, adds noise, and steps the
+    inner optimizer.
 
     ``grad = (sum_n c_n g_n + noise_multiplier * sensitivity * z) / expected_batch_size``, z standard normal. The
     sum runs over all physical batches since the last step, in float32 or wider; the division

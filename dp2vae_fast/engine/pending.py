@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .book import Origin
+from .capture.book import Origin
 
 
 class Pending:

@@ -19,15 +19,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from .capture import Capture
+from .capture.capture import Capture
 from .clipping import clipping_of
 from .counting import Draws, StepCounter
 from .distributed import DistributedDPOptimizer, Ranks
+from .gradients.plan import Plan
 from .keystream import Keystream
 from .loader import PoissonDataLoader, public_rate
 from .module import FusedGradSampleHooks, FusedGradSampleModule
 from .optimizer import DPOptimizer
-from .plan import Plan
 
 FUSED = "fused"
 
@@ -119,8 +119,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 (:meth:`~.loader.PoissonDataLoader.from_data_loader`).
             physical_batch_size: yield padded batches of this many rows, several a step where a draw is larger. Padding
                 contributes nothing; ``data_loader.mask`` says which rows are padding.
-            options: of mode "fused": ``rows_per_record`` and ``verify_first_step`` (:class:`~.capture.Capture`),
-                ``plan`` or just its ``max_memory_overhead`` (:class:`~.plan.Plan`),
+            options: of mode "fused": ``rows_per_record``, ``verify_first_step`` (:class:`~.capture.capture.Capture`),
+                ``plan`` or just its ``max_memory_overhead`` (:class:`~.gradients.plan.Plan`),
                 ``materialize_grad`` and ``sum_dtype`` (:class:`~.optimizer.DPOptimizer`), ``count_rounding``; with
                 clipping "automatic" ``stability``; with clipping "adaptive", as in Opacus,
                 ``target_unclipped_quantile``, ``clipbound_learning_rate``, ``min_clipbound``, ``max_clipbound``,

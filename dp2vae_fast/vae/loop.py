@@ -17,8 +17,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..engine.accounting import Mechanism
 from ..engine.captured import CapturedBatches
+from ..engine.gradients.plan import Plan
 from ..engine.keystream import Keystream
-from ..engine.plan import Plan
 from ..engine.privacy_engine import PrivacyEngine
 from ..engine.sampling import PhysicalBatch, PoissonBatches
 from ..runs.ledger import Ledger

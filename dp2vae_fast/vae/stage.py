@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from ..config import Config
 from ..engine.accounting import Mechanism, epsilon
+from ..engine.gradients.plan import Plan
 from ..engine.keystream import Stream
-from ..engine.plan import Plan
 from ..runs.checkpoint import RunError
 from ..runs.folder import RunFolder
 from ..runs.interrupt import StopRequest

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from .gradients import Gradient
-from .precision import autocast_dtype
+from ..gradients.gradient import Gradient
+from ..precision import autocast_dtype
 from .repeat import Call, CannotRepeat, Repeats, device_of
 from .tap import Taps
 

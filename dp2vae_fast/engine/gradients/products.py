@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..ops.gradient import RECORDS_PER_PART
+from ... import ops
+from ...ops.gradient import RECORDS_PER_PART
 from .cost import Cost, Method
-from .gradients import Gradient, Kept, random_like, rounded_down
+from .gradient import Gradient, Kept, random_like, rounded_down
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,7 +50,7 @@ def _scaled(x: Tensor, factors: Tensor) -> Tensor:
 
 
 class Product:
-    """A :class:`~.gradients.Gradient` that need not be formed: :mod:`.plan` chooses in which of several ways."""
+    """A :class:`~.gradient.Gradient` that need not be formed: :mod:`.plan` chooses in which of several ways."""
 
     backprops: Tensor
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..precision import autocast_as, autocast_dtype
 from .guards import Totals
-from .precision import autocast_as, autocast_dtype
 
 # How far the per-sample gradients may be from autograd's own total, as a part of the sum of their norms. A layer that
 # mixes records is off by its whole gradient, rounding by at most ~1e-4 of it in float32, 1e-2 in bfloat16.

@@ -2,11 +2,11 @@
 
 A rule is a function ``rule(layer, activations, backprops) -> {parameter name: gradient}``. ``activations`` is the
 layer's input and ``backprops`` the gradient with respect to its output, both with the batch first. A gradient is
-either a tensor ``[N, *shape]`` or one of :mod:`.gradients`' products. The rule may compute all the layer's
-parameters; the caller drops the frozen ones.
+either a tensor ``[N, *shape]`` or one of :mod:`.products`. The rule may compute all the layer's parameters; the caller
+drops the frozen ones.
 
 Add a layer of your own with :func:`register_layer_rule`. A layer without a rule is differentiated record by record with
-``vmap`` (:mod:`.fallback`).
+``vmap`` (:mod:`..capture.fallback`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
-from .gradients import Gradient
+from ... import ops
+from .gradient import Gradient
 from .products import ConvGeometry, ConvProduct, EmbeddingProduct, LinearProduct
 
 LayerRule = Callable[[Any, Tensor, Tensor], Mapping[str, Gradient | Tensor]]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from .precision import autocast_as
+from ..precision import autocast_as
 
 _SAME = {torch.float64: 1e-8, torch.float32: 1e-4}  # how equal a second run must be, and otherwise 1e-2
 _KNOWN_BY = 64  # rows of an output that a second run must give again

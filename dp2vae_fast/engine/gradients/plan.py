@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..ops import native_kernels
+from ...ops import native_kernels
+from ..precision import MAX_POSITIONS
 from . import timing
 from .cost import METHODS, NATIVE, REFERENCE, Cost, Method
-from .gradients import Gradient
-from .precision import MAX_POSITIONS
+from .gradient import Gradient
 from .products import Product
 
 Key = tuple[str, Cost]

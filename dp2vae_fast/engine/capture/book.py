@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .gradients import Gradient, Kept
+from ..gradients.gradient import Gradient, Kept
 
 Origin = tuple[str, int, int, int | None]
 """Where gradients come from: ``("draw", number of a sampler, number, its records)``, or ``("batch", number of a book,

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from ..precision import autocast_dtype, full_precision
 from . import guards
-from .precision import autocast_dtype, full_precision
 from .repeat import Call
 
 if TYPE_CHECKING:

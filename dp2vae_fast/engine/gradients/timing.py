@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .. import ops
+from ... import ops
 from .cost import Method
 from .products import Product
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .capture import Capture
+from ..capture.capture import Capture
 from .plan import Plan
 
 

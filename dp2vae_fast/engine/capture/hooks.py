@@ -16,11 +16,11 @@ from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..gradients.gradient import Kept
+from ..gradients.layers import LayerRule, find_rule
 from . import guards
 from .book import Origin
 from .fallback import Rerun
-from .gradients import Kept
-from .layers import LayerRule, find_rule
 
 if TYPE_CHECKING:
     from .capture import Capture

@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..gradients.gradient import Gradient
+from ..gradients.layers import why_not_private
+from ..gradients.plan import Plan
+from ..gradients.products import add
 from . import guards
 from .book import Book, Origin
 from .calls import Calls
-from .gradients import Gradient
 from .hooks import Hooks
-from .layers import why_not_private
-from .plan import Plan
-from .products import add
 from .tap import Taps
 from .traced import TracedCalls
 from .verify import FirstBatch

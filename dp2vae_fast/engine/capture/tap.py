@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .precision import full_precision
+from ..precision import full_precision
 
 Report = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], None]
 

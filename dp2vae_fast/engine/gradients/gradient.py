@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .. import ops
+from ... import ops
 
 
 class Gradient(Protocol):
