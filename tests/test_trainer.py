@@ -7,8 +7,10 @@ import torch
 
 from dp2vae_fast import Trainer
 from dp2vae_fast.config import Config, ConfigError
+from dp2vae_fast.engine.precision import sum_rounding
 from dp2vae_fast.runs.checkpoint import RunError
 from dp2vae_fast.vae.data import DataError, make_image_data
+from dp2vae_fast.vae.encoder import pretrain
 
 
 def flat(decoder):
@@ -37,22 +39,24 @@ def test_variants_train_and_sample(settings):
     assert images.isfinite().all() and 0 <= images.min() and images.max() <= 1
     assert run.report["mechanisms"][-1]["steps"] == 6
     steps = [h for h in heard if h.stage == "DP-SGD"]
-    assert [h.step for h in steps] == list(range(1, 7)) and steps[-1].epsilon == pytest.approx(
-        run.report["epsilon"] or steps[-1].epsilon
-    )
+    assert [h.step for h in steps] == list(range(1, 7))
+    if settings.get("encoder") == "private":
+        assert run.report["epsilon"] is None
+    else:
+        assert steps[-1].epsilon == pytest.approx(run.report["epsilon"])
     assert len(run.history) == sum(h.stage.startswith("DP-SGD") for h in heard)
     assert run.report["clipping"]["records"] == f"one unit each, {settings.get('iwae_samples', 1)} row(s) a record"
 
 
 @pytest.mark.parametrize("encoder", ["linear", "dp"])
 def test_the_reference_engine_trains_the_same_decoder_with_noise(encoder):
-    fused, opacus = (
-        Trainer(small.digits(), config=small.config(encoder=encoder, engine=engine, optimizer="sgd")).fit()
-        for engine in ("fused", "opacus")
-    )
-    start = Trainer(small.digits(), config=small.config(encoder=encoder, optimizer="sgd", learning_rate=1e-12)).fit()
-    moved = (flat(fused.decoder) - flat(start.decoder)).norm()
-    assert moved > 0 and (flat(fused.decoder) - flat(opacus.decoder)).norm() < 1e-3 * moved
+    settings = dict(encoder=encoder, optimizer="sgd", learning_rate=0.1, warm_start_steps=0)
+    configs = [small.config(engine=engine, **settings) for engine in ("fused", "opacus")]
+    fused, opacus = (Trainer(small.digits(), config=config).fit() for config in configs)
+    start = pretrain(small.stage(fused.train_data, configs[0])).decoder  # of the same keys: other settings have others
+    moved = (flat(fused.decoder) - flat(start)).norm()
+    rounding = sum_rounding(small.SETTINGS["expected_batch_size"])  # by which the noise of "fused" is larger
+    assert 0.1 < moved < 2 and (flat(fused.decoder) - flat(opacus.decoder)).norm() < 2 * rounding * moved
     assert fused.report["mechanisms"] == opacus.report["mechanisms"]
     assert "as Opacus computes them" in opacus.report["arithmetic"]["norms"]
 
