@@ -84,9 +84,11 @@ def test_fused_is_opacus_in_double_precision(preset, scope, optimizer):
 @pytest.mark.parametrize("scope", ["decoder", "whole"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_fused_is_opacus_in_single_precision(preset, scope, optimizer):
-    _, fused = train("fused", preset, scope, optimizer, torch.float32)
+    """The weights, up to 80 times as long as their move, are rounded 20 times: to 80 sqrt(20) 2^-24 of the move."""
+    before, fused = train("fused", preset, scope, optimizer, torch.float32)
     _, opacus = train("opacus", preset, scope, optimizer, torch.float32)
-    assert (fused - opacus).norm() <= 1e-5 * opacus.norm()
+    moved = (opacus - before).norm()
+    assert opacus.norm() <= 90 * moved and (fused - opacus).norm() <= 2.2e-5 * moved
 
 
 def test_both_engines_draw_the_same_noise():
