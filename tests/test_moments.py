@@ -104,14 +104,12 @@ def test_covariance_is_that_of_the_records_where_nothing_is_clipped_or_noised():
 
 def test_noise_has_the_stated_deviation():
     """The deviation of n draws is within 4 / sqrt(2 n) of the true one, but for one time in 16,000."""
-    key, draws = Keystream.seeded(5), 40
+    key, draws = Keystream.seeded(5), 200
     grey = torch.full((4, 1, 6, 5), 64, dtype=torch.uint8)  # its sums are zero: what is found is the noise alone
-    query = dict(center=64 / 255, radius=1.0, noise_multiplier=1e-4)
-    found = [class_means(grey, None, 0, **query, stream=key.stream(f"m {i}")) for i in range(draws)]
-    noise = torch.stack([(f.means - 64 / 255) * f.counts for f in found])
-    assert float(noise.std()) == pytest.approx(
-        1e-4 / math.sqrt(1 - COUNT_WEIGHT**2), rel=4 / math.sqrt(2 * noise.numel())
-    )
+    query = dict(labels=torch.arange(4) % CLASSES, center=64 / 255, radius=1.0, noise_multiplier=1e-4)
+    found = [class_means(grey, num_classes=CLASSES, stream=key.stream(f"m {i}"), **query) for i in range(draws)]
+    noise = torch.stack([(f.means - 64 / 255) * f.counts[:, None] for f in found]) * math.sqrt(1 - COUNT_WEIGHT**2)
+    assert float(noise.std()) == pytest.approx(1e-4, rel=4 / math.sqrt(2 * noise.numel()))
     images, labels = random_records(4)
     means = ClassMeans(torch.full((CLASSES, 30), 0.4, dtype=torch.float64), torch.full((CLASSES,), 1 / 3).double())
     query = dict(radius=1.0, noise_multiplier=7.0)
