@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from .config import Config, ConfigError, load_config, recipes
+from .config import DEFAULT_RECIPE, Config, ConfigError, load_config, recipes
 from .engine.audit import Check
 from .engine.gradients.plan import Plan, memory_overhead
 from .ops import backends_table
@@ -82,10 +82,7 @@ def train(
     evaluate: Annotated[bool, typer.Option(help="Measure the samples at the end.")] = True,
 ) -> None:
     """Train a private image generator and write the release, and the curator's files beside it, into --out."""
-    flags = {key: value for key, value in locals().items() if key in _FIELDS and value is not None}
-    if recipe is None and config is None:
-        recipe = "digits"
-    complete = load_config(recipe=recipe, file=config, overrides=_parse_settings(settings) | flags)
+    complete = _configured(recipe, config, _chosen(locals()))
     features = features or ["cnn"]
     for wanted in features:
         require_feature_network(wanted)
@@ -172,10 +169,9 @@ def audit(
 
     Its figures come from real records without noise: they are for the curator.
     """
-    flags = {key: value for key, value in locals().items() if key in _FIELDS and value is not None}
-    chosen = _parse_settings(settings) | flags
+    chosen = _chosen(locals())
     if run is None:
-        complete = load_config(recipe=recipe or (None if config else "digits"), file=config, overrides=chosen)
+        complete = _configured(recipe, config, chosen)
     else:
         if recipe or config or set(chosen) - {"data", "seed", "device"}:
             raise ConfigError(f"{run} has its own configuration: only --data, --seed and --device can be changed")
@@ -197,21 +193,11 @@ def plan(
         str | None, typer.Option(help="As of train, and refused as there; what matters is their shape and classes.")
     ] = None,
     max_memory_overhead: Annotated[float | None, typer.Option(help="Peak memory over an ordinary step's.")] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Time the ways, on random numbers.")] = False,
+    measure_plan: Annotated[bool | None, typer.Option("--measure", help="Time the ways, on random numbers.")] = None,
     settings: Setting = None,
 ) -> None:
     """How every layer's per-sample gradients will be clipped and summed, and what each way costs."""
-    changes = _parse_settings(settings)
-    for name, value in (
-        ("data", data),
-        ("max_memory_overhead", max_memory_overhead),
-        ("measure_plan", measure or None),
-    ):
-        if value is not None:
-            changes[name] = value
-    if recipe is None and config is None:
-        recipe = "digits"
-    trainer = Trainer(config=load_config(recipe=recipe, file=config, overrides=changes))
+    trainer = Trainer(config=_configured(recipe, config, _chosen(locals())))
     _print_plan(trainer.plan(), trainer.config.performance.physical_batch_size)
 
 
@@ -296,14 +282,22 @@ class _Bars:
 _FIELDS = {name for table in Config().to_dict().values() for name in table}
 
 
-def _parse_settings(settings: list[str] | None) -> dict[str, Any]:
-    parsed = {}
-    for setting in settings or []:
+def _chosen(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the configuration that a command's arguments set, by ``--set`` or a flag of their own."""
+    chosen = {}
+    for setting in arguments["settings"] or []:
         name, equals, value = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set {setting}: expected NAME=VALUE")
-        parsed[name.strip().replace("-", "_")] = value.strip()
-    return parsed
+        chosen[name.strip().replace("-", "_")] = value.strip()
+    return chosen | {name: value for name, value in arguments.items() if name in _FIELDS and value is not None}
+
+
+def _configured(recipe: str | None, file: Path | None, chosen: dict[str, Any]) -> Config:
+    """What a command is asked to run: the default recipe where it names neither another nor a file."""
+    if recipe is None and file is None:
+        recipe = DEFAULT_RECIPE
+    return load_config(recipe=recipe, file=file, overrides=chosen)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

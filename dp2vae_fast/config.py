@@ -24,7 +24,7 @@ import json
 import math
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -38,6 +38,7 @@ else:
 ENCODERS = ("linear", "dp", "public", "private")
 ENGINES = ("fused", "opacus")
 COMPILE = ("none", "graph")
+DEFAULT_RECIPE = "digits"
 _LEAST_NOISE = 0.01
 
 
@@ -216,26 +217,11 @@ def validate(config: Config) -> None:
 
     if (privacy.target_epsilon is None) == (privacy.noise_multiplier is None):
         raise ConfigError("set exactly one of target_epsilon and noise_multiplier: the other one follows from it")
-    if privacy.target_epsilon is not None:
-        _check(
-            privacy,
-            "target_epsilon",
-            privacy.target_epsilon > 0,
-            "a positive number (10 is loose, 1 is strict)",
-        )
-    if privacy.noise_multiplier is not None:
-        _check(
-            privacy,
-            "noise_multiplier",
-            privacy.noise_multiplier == 0 or privacy.noise_multiplier >= _LEAST_NOISE,
-            f"zero (nothing is private) or at least {_LEAST_NOISE} (less bounds nothing)",
-        )
-    _check(
-        privacy,
-        "target_delta",
-        0 < privacy.target_delta < 1,
-        "a number between 0 and 1, below one over the number of records",
-    )
+    _check(privacy, "target_epsilon", lambda v: v > 0, "a positive number (10 is loose, 1 is strict)")
+    least = f"zero (nothing is private) or at least {_LEAST_NOISE} (less bounds nothing)"
+    _check(privacy, "noise_multiplier", lambda v: v == 0 or v >= _LEAST_NOISE, least)
+    between = "a number between 0 and 1, below one over the number of records"
+    _check(privacy, "target_delta", lambda v: 0 < v < 1, between)
     _choice(privacy, "accountant", ("prv", "rdp"))
     _choice(privacy, "encoder", ENCODERS)
     if privacy.encoder == "public" and not privacy.public_encoder:
@@ -248,49 +234,32 @@ def validate(config: Config) -> None:
     if sum(privacy.shares.values()) >= 1:
         total = sum(privacy.shares.values())
         raise ConfigError(f"shares add up to {total:g}: leave something below 1 for DP-SGD of stage 2")
-    _check(privacy, "max_grad_norm", privacy.max_grad_norm > 0, "a positive number")
-    _check(privacy, "expected_batch_size", privacy.expected_batch_size >= 1, "at least 1")
-    _check(privacy, "steps", privacy.steps >= 1, "at least 1")
-    _check(privacy, "pretrain_steps", privacy.pretrain_steps >= 1, "at least 1")
-    _check(privacy, "pixel_center", 0 <= privacy.pixel_center <= 1, "a grey level from 0 to 1")
-    _check(privacy, "mean_clip", privacy.mean_clip > 0, "a positive number")
-    _check(privacy, "residual_clip", privacy.residual_clip > 0, "a positive number")
-    if privacy.seed is not None:
-        _check(privacy, "seed", 0 <= privacy.seed < 2**63, "a number from 0 to 2**63 - 1")
+    _check(privacy, "max_grad_norm", lambda v: v > 0, "a positive number")
+    _check(privacy, "expected_batch_size", lambda v: v >= 1, "at least 1")
+    _check(privacy, "steps", lambda v: v >= 1, "at least 1")
+    _check(privacy, "pretrain_steps", lambda v: v >= 1, "at least 1")
+    _check(privacy, "pixel_center", lambda v: 0 <= v <= 1, "a grey level from 0 to 1")
+    _check(privacy, "mean_clip", lambda v: v > 0, "a positive number")
+    _check(privacy, "residual_clip", lambda v: v > 0, "a positive number")
+    _check(privacy, "seed", lambda v: 0 <= v < 2**63, "a number from 0 to 2**63 - 1")
 
-    for name in ("image_size", "channels"):
-        value = getattr(data, name)
-        _check(data, name, value is None or value >= 1, "at least 1")
-    _check(
-        data,
-        "test_fraction",
-        0 <= data.test_fraction < 1,
-        "a fraction from 0 (no held-out records) to below 1",
-    )
+    _check(data, "image_size", lambda v: v >= 1, "at least 1")
+    _check(data, "channels", lambda v: v >= 1, "at least 1")
+    _check(data, "test_fraction", lambda v: 0 <= v < 1, "a fraction from 0 (no held-out records) to below 1")
 
-    _check(model, "latent_dim", model.latent_dim >= 1, "at least 1")
-    _check(model, "width", model.width is None or model.width >= 1, "at least 1")
+    _check(model, "latent_dim", lambda v: v >= 1, "at least 1")
+    _check(model, "width", lambda v: v >= 1, "at least 1")
     _choice(model, "likelihood", ("bernoulli", "gaussian"))
-    _check(model, "beta", model.beta >= 0, "zero or a positive number")
-    _check(model, "iwae_samples", model.iwae_samples >= 1, "at least 1")
+    _check(model, "beta", lambda v: v >= 0, "zero or a positive number")
+    _check(model, "iwae_samples", lambda v: v >= 1, "at least 1")
 
     _choice(optimization, "optimizer", ("sgd", "adam", "adamw"))
-    _check(optimization, "learning_rate", optimization.learning_rate > 0, "a positive number")
-    _check(optimization, "momentum", 0 <= optimization.momentum < 1, "a number from 0 to below 1")
-    _check(optimization, "weight_decay", optimization.weight_decay >= 0, "zero or a positive number")
-    _check(
-        optimization,
-        "ema_decay",
-        0 <= optimization.ema_decay < 1,
-        "zero (off) or a decay below 1, such as 0.99",
-    )
-    _check(
-        optimization,
-        "warm_start_steps",
-        optimization.warm_start_steps >= 0,
-        "zero (off) or a number of steps",
-    )
-    _check(optimization, "pretrain_learning_rate", optimization.pretrain_learning_rate > 0, "a positive number")
+    _check(optimization, "learning_rate", lambda v: v > 0, "a positive number")
+    _check(optimization, "momentum", lambda v: 0 <= v < 1, "a number from 0 to below 1")
+    _check(optimization, "weight_decay", lambda v: v >= 0, "zero or a positive number")
+    _check(optimization, "ema_decay", lambda v: 0 <= v < 1, "zero (off) or a decay below 1, such as 0.99")
+    _check(optimization, "warm_start_steps", lambda v: v >= 0, "zero (off) or a number of steps")
+    _check(optimization, "pretrain_learning_rate", lambda v: v > 0, "a positive number")
 
     _choice(performance, "engine", ENGINES)
     if performance.engine == "opacus" and model.iwae_samples > 1:
@@ -298,15 +267,16 @@ def validate(config: Config) -> None:
     _choice(performance, "compile", COMPILE)
     if performance.engine == "opacus" and performance.compile != "none":
         raise ConfigError(f'compile = "{performance.compile}" needs engine = "fused": Opacus cannot be captured')
-    _check(performance, "threads", performance.threads is None or performance.threads >= 1, "at least 1")
-    _check(performance, "physical_batch_size", performance.physical_batch_size >= 1, "at least 1")
-    _check(performance, "max_memory_overhead", performance.max_memory_overhead >= 1, "at least 1")
-    _check(performance, "checkpoint_every", performance.checkpoint_every >= 1, "at least 1")
+    _check(performance, "threads", lambda v: v >= 1, "at least 1")
+    _check(performance, "physical_batch_size", lambda v: v >= 1, "at least 1")
+    _check(performance, "max_memory_overhead", lambda v: v >= 1, "at least 1")
+    _check(performance, "checkpoint_every", lambda v: v >= 1, "at least 1")
 
 
-def _check(table: Any, name: str, good: bool, expected: str) -> None:
-    if not good:
-        raise ConfigError(f"{name} = {getattr(table, name)}: expected {expected}")
+def _check(table: Any, name: str, good: Callable[[Any], bool], expected: str) -> None:
+    value = getattr(table, name)
+    if value is not None and not good(value):
+        raise ConfigError(f"{name} = {value}: expected {expected}")
 
 
 def _choice(table: Any, name: str, known: tuple[str, ...]) -> None:

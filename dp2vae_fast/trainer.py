@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .config import Config, ConfigError, load_config
+from .config import DEFAULT_RECIPE, Config, ConfigError, load_config
 from .engine.audit import Check
 from .engine.gradients.plan import Plan
 from .engine.gradients.planning import plan_for
@@ -95,7 +95,7 @@ class Trainer:
             if recipe is None and config is None:
                 if data is not None:
                     raise ConfigError("name a recipe or a configuration file for these data: settings depend on them")
-                recipe = "digits"
+                recipe = DEFAULT_RECIPE
             self.config = load_config(recipe=recipe, file=config, overrides=settings)
         self.out = None if out is None else Path(out)
         self.resume = resume
