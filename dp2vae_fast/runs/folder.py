@@ -91,7 +91,7 @@ class RunFolder:
             write_json(file, known)
             return
         known = read_run(folder)
-        self._id = known.get("id")  # a run of before there were ids has none, nor have its checkpoints
+        self._id = known["id"]
         differences = [
             f"{name} was {known['config'][table].get(name)!r} and is now {value!r}"
             for table in MECHANISM_TABLES
@@ -139,8 +139,8 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def _is_identity(known: Any) -> bool:
-    """Whether settings and data hash are there."""
-    if not isinstance(known, dict) or not isinstance(known.get("data_sha256"), str):
+    """Whether id, settings and data hash are there."""
+    if not isinstance(known, dict) or not all(isinstance(known.get(name), str) for name in ("id", "data_sha256")):
         return False
     tables = known.get("config")
     return (
