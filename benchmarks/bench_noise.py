@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 from environment import environment
+from timing import used_elsewhere
 from torch import Tensor
 
 from dp2vae_fast.ops import noise
@@ -170,16 +170,6 @@ def race(
             if turn >= 2:
                 seconds[name].append(clock() - start)
     return {name: quantiles(column) for name, column in seconds.items()}
-
-
-def used_elsewhere() -> float:
-    """Core-seconds that everything but this process has used since the machine started; 0 where /proc is missing."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return 0.0
-    user, nice, system, _, _, irq, soft_irq, steal = map(int, stat.read_text().split(maxsplit=9)[1:9])
-    busy = user + nice + system + irq + soft_irq + steal
-    return busy / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
 
 
 def quiet_race(steps: dict[str, Step], rounds: int, patience: float) -> tuple[dict[str, dict[str, float]], float]:

@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from bench_noise import used_elsewhere
+from timing import used_elsewhere
 
 QUIET = 0.1  # cores that others may use
 BLOCK_S = 1.0  # rounds are judged in blocks of so many seconds at least, as the system counts in hundredths

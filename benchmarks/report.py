@@ -19,6 +19,7 @@ from typing import Any
 
 import plots
 import report_step
+from report_step import made
 
 HERE = Path(__file__).parent
 
@@ -43,7 +44,7 @@ def utility_digits(record: dict[str, Any]) -> str:
     lines.append(f"| *real training digits* | | {cnn} | {logreg} | {fid:.1f} (held-out digits) |")
     first = next(iter(record["rows"].values()))
     seeds = len(first["runs"])
-    return "\n".join([*lines, "", f"Medians of {seeds} seeds, range in brackets; {_made(first)}"])
+    return "\n".join([*lines, "", f"Medians of {seeds} seeds, range in brackets; {made(first)}"])
 
 
 def _spread(runs: list[dict[str, Any]], figure: str, *, spread: bool = True) -> str:
@@ -67,15 +68,7 @@ def noise_cpu(record: dict[str, Any]) -> str:
             f"| {row['workload']} | {row['optimizer']} | {row['threads']} | {' | '.join(cells)} | {rival:.2f} |"
         )
     note = "Medians in ms a step, and how many times as fast as the faster of PyTorch's plain and fused optimizers"
-    return "\n".join([*lines, "", f"{note}; {_made(record)}"])
-
-
-def _made(record: dict[str, Any]) -> str:
-    where = record["environment"]
-    versions = where["versions"]
-    machine = f"{where['gpu']['name']}; " if "gpu" in where else ""
-    machine += f"{where['processor']}, {where['cores']} cores"
-    return f"{machine}, torch {versions['torch']}, opacus {versions['opacus']}."
+    return "\n".join([*lines, "", f"{note}; {made(record)}"])
 
 
 def faults(record: dict[str, Any]) -> str:
@@ -93,7 +86,7 @@ def faults(record: dict[str, Any]) -> str:
     for verdict in ("correct", "wrong"):
         found = [[row["outcomes"][engine]["verdict"] for row in record["rows"]].count(verdict) for engine in engines]
         lines.append(f"| *{verdict}, of {len(record['rows'])}* | {' | '.join(map(str, found))} |")
-    return "\n".join([*lines, "", _made(record)])
+    return "\n".join([*lines, "", made(record)])
 
 
 def _outcome(verdict: str, detail: str, width: int = 80) -> str:
@@ -115,7 +108,7 @@ def register(record: dict[str, Any]) -> str:
         model = f"{row['model']} ({row['parameters'] / 1e6:.2f} M)"
         lines.append(f"| {model} | {row['mode']} | {stock:.1f} | {ours:.1f} | {stock / ours:.2f}x |")
     note = f"Medians in ms of processor time a step of {record['records']} records, float32, one thread"
-    return "\n".join([*lines, "", f"{note}; {_made(record)}"])
+    return "\n".join([*lines, "", f"{note}; {made(record)}"])
 
 
 def bound(record: dict[str, Any]) -> str:
@@ -137,7 +130,7 @@ def bound(record: dict[str, Any]) -> str:
             f"{_percent(cells[1])} | {_percent(both[0])}, {_percent(both[1])} | {100 * again:.0f} % | {longest:.6f} C |"
         )
     note = "The worse of two states, before and after training"
-    lines += ["", f"{note}; {_made(record)}", "", "| expected records | at most | sensitivity |", "|---|---|---|"]
+    lines += ["", f"{note}; {made(record)}", "", "| expected records | at most | sensitivity |", "|---|---|---|"]
     for row in record["sums"]:
         lines.append(f"| {row['expected']:,} | {row['at_most']:,} | C + {_percent(row['rounding'])} |")
     return "\n".join(lines)
@@ -161,7 +154,7 @@ def ops(record: dict[str, Any]) -> str:
         lines.append(f"| `{op}` | {what} | {floor:.3g} | {' | '.join(cells)} |")
     where = "" if "gpu" in record["environment"] else ", one thread"
     note = f"Medians in ms{where}, and in brackets how many times the floor"
-    return "\n".join([*lines, "", f"{note}; {_made(record)}"])
+    return "\n".join([*lines, "", f"{note}; {made(record)}"])
 
 
 def kernels(record: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ def step_memory(record: Row) -> str:
 def step_small(record: Row) -> str:
     """One thread and the default allocator, the usual contestants."""
     rows = [row for row in record["rows"] if (row["threads"], row["malloc"]) == (1, "default")]
-    return "\n".join([*_times(rows, record["titles"], SMALL), "", f"{NOTE} {_made(record)}"])
+    return "\n".join([*_times(rows, record["titles"], SMALL), "", f"{NOTE} {made(record)}"])
 
 
 NOTE = (
@@ -73,7 +73,7 @@ def _by_setting(record: Row, table: Callable[..., list[str]]) -> str:
     for setting in dict.fromkeys(map(_setting, record["rows"])):
         rows = [row for row in record["rows"] if _setting(row) == setting]
         lines += [f"**{setting}**", "", *table(rows, record["titles"]), ""]
-    return "\n".join([*lines, _made(record)])
+    return "\n".join([*lines, made(record)])
 
 
 def _setting(row: Row) -> str:
@@ -136,7 +136,7 @@ def floors(record: Row) -> str:
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     note = f"Floor over the plain step (norms and noise, of the plain step, in ms), {record['rounds']} rounds."
-    return "\n".join([*lines, "", f"{note} {_made(record)}"])
+    return "\n".join([*lines, "", f"{note} {made(record)}"])
 
 
 def why_not(record: Row) -> str:
@@ -170,7 +170,7 @@ def capacity(record: Row) -> str:
         cells = [_cell({"variants": r}, name, _batch) for r in part.values()]
         lines.append(f"| {titles[name]} | {' | '.join(cells)} |")
     note = f"Largest batch, within 5 %, for which the process stays under {record['cap_gib']:g} GiB in a step"
-    return "\n".join([*lines, "", f"{note}; *t*: larger ones take too long. {_made(record)}"])
+    return "\n".join([*lines, "", f"{note}; *t*: larger ones take too long. {made(record)}"])
 
 
 def _batch(result: Row) -> str:
@@ -188,7 +188,7 @@ def fixed_cost(record: Row) -> str:
         if len(found) > 2:
             fixed, each = line_through(found)
             lines.append(f"| {title} | {fixed:.2f} | {each:.2f} |")
-    return "\n".join([*lines, *busy(points), "", f"W1-decoder, 1 to 8 records. {_made(record)}"])
+    return "\n".join([*lines, *busy(points), "", f"W1-decoder, 1 to 8 records. {made(record)}"])
 
 
 def line_through(points: list[tuple[float, float]]) -> tuple[float, float]:
@@ -199,7 +199,8 @@ def line_through(points: list[tuple[float, float]]) -> tuple[float, float]:
     return y - slope * x, slope
 
 
-def _made(record: Row) -> str:
+def made(record: Row) -> str:
+    """Where a record was made."""
     where = record["environment"]
     versions = where["versions"]
     machine = f"{where['gpu']['name']}; " if "gpu" in where else ""

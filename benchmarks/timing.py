@@ -1,12 +1,14 @@
-"""How long a call takes, on a GPU by its own clock and between calls that empty its cache; and the rates of a CPU that
-floors are made of."""
+"""How long a call takes, on a GPU by its own clock and between calls that empty its cache; the rates of a CPU that
+floors are made of; and what others use of the machine meanwhile."""
 
 from __future__ import annotations
 
 import functools
+import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -72,3 +74,13 @@ def product_rate() -> float:
     """Multiply-adds a second of a 1024³ product in float32."""
     a, b = torch.randn(2, 1024, 1024)
     return 1024**3 / min(_by_the_clock(lambda: a @ b, 9))
+
+
+def used_elsewhere() -> float:
+    """Core-seconds that everything but this process has used since the machine started; 0 where /proc is missing."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, _, _, irq, soft_irq, steal = map(int, stat.read_text().split(maxsplit=9)[1:9])
+    busy = user + nice + system + irq + soft_irq + steal
+    return busy / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
