@@ -65,8 +65,8 @@ NOT_APPLICABLE: list[tuple[str, str]] = [
 ]
 
 # (test, pattern of the error's first line, category, why). The first row that matches counts.
-# Categories: "bug" (we lack a part of the contract), "internal" (the test asserts an internal of Opacus), "difference"
-# (ours, on purpose), "not yet" (being built).
+# Categories: "refused" (an input that ours does not take), "internal" (the test asserts an internal of Opacus),
+# "difference" (ours, on purpose).
 _SEEDED = "noise and coins come from the operating system's key, which torch.manual_seed does not repeat; "
 EXPLAINED: list[tuple[str, str, str, str]] = [
     (
@@ -147,21 +147,21 @@ EXPLAINED: list[tuple[str, str, str, str]] = [
     (
         "grad_samples/dp_rnn_test.py::*",
         "returns .* in a call on",
-        "bug",
+        "refused",
         "a PackedSequence is refused by an error: its steps hold ever fewer records, in the order of their lengths (of "
         "an unsorted one Opacus takes the rows for the batch's own order, and a record exceeds the bound)",
     ),
     (
         "privacy_engine_test.py::PrivacyEngineText*::test_make_private_with_epsilon",
         "saw 12 records",
-        "bug",
+        "refused",
         "the test forgets batch_first=False, so that its 12 time steps stand where records should: refused by an error "
         "(Opacus takes each time step of the whole batch for a record)",
     ),
     (
         "grad_samples/embedding_bag_test.py::*",
         "EmbeddingBag has no per-sample rule",
-        "bug",
+        "refused",
         "EmbeddingBag with offsets is refused by an error (with two axes of indices it works)",
     ),
 ]
