@@ -225,3 +225,22 @@ def test_ops_and_sums_know_subnormal_numbers():
     values = torch.full((2, 4), 1e-42)
     norm_sq, error = ops.grad_sample_norm_sq(values)
     assert bool((values.double().square().sum(1) <= (norm_sq + error).double()).all())
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_norm_beyond_float32_bounds_its_record(kind: str, each_isa):
+    """Products of two positions overflow to minus infinity where those of each with itself are held in double."""
+    spikes = torch.zeros(1, 36)
+    spikes[0, 7], spikes[0, 28] = 1e10, -3e10
+    if kind == "linear":
+        gradient: Gradient = LinearProduct(spikes.unsqueeze(2), torch.full((1, 36, 1), 1e10))
+    else:
+        geometry = ConvGeometry((1, 1, 2, 2), (1, 1), (0, 0), (1, 1), 1, False)
+        gradient = ConvProduct(spikes.reshape(1, 1, 6, 6), torch.full((1, 1, 5, 5), 1e10), geometry=geometry)
+    beside = Kept(torch.full((1, 1), 1e18))  # large, and its error is small: the record is not taken again
+    for _ in each_isa():
+        for second_look in (True, False):
+            clipping = FlatClipping()
+            clipping.second_look = second_look
+            factors = clipping.factors({"beside": beside, "weight": gradient}, 1.0)["weight"]
+            assert gradient.weighted_sum(factors, torch.float64).norm() <= 1.0

@@ -250,6 +250,20 @@ def test_a_hook_that_fails_leaves_no_sum_behind_and_takes_nobodys_place():
     assert engine.accountant.history == [(1.0, 1.0, 1)]  # it was counted before
 
 
+@pytest.mark.parametrize("materialize", [False, True])
+def test_a_hook_changes_the_noise_of_the_next_step_only(materialize: bool):
+    after = []
+    for factor in (1.0, 0.1):
+        engine, model, module, optimizer, loader = private(None, batch_size=N, noise=2.0, materialize_grad=materialize)
+        optimizer.attach_step_hook(lambda o, factor=factor: setattr(o, "noise_multiplier", factor * o.noise_multiplier))
+        (batch,) = next(iter(loader))
+        backward(module, batch)
+        optimizer.step()
+        assert engine.accountant.history == [(2.0, 1.0, 1)] and optimizer.noise_multiplier == 2.0 * factor
+        after.append(model.weight.detach().clone())
+    assert torch.equal(*after)
+
+
 def test_a_new_pass_forgets_what_was_accumulated_by_hand():
     _, _, module, optimizer, loader = private(None, batch_size=N)
     (batch,) = next(iter(loader))

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <deque>
 #include <limits>
 #include <map>
@@ -186,7 +187,9 @@ std::tuple<Tensor, Tensor> gram_norms(const Product& p, const Tensor& like) {
                               windows.data()};
     for (int64_t n = first; n < end; ++n) {
       const GramNorm norm = kernels.gram(p, plan, n, scratch);
-      norms[n] = static_cast<float>(norm.norm_sq < 0 ? 0 : norm.norm_sq);  // NaN stays
+      // Below zero by rounding; what has overflowed stays as it is, for its error may be finite.
+      const bool cancelled = norm.norm_sq < 0 && std::isfinite(norm.norm_sq);
+      norms[n] = cancelled ? 0.0f : static_cast<float>(std::abs(norm.norm_sq));
       errors[n] =
           static_cast<float>(roundoff(depth) * norm.reach + lost * (norm.plain_sq + norm.spread_sq + 1));
     }

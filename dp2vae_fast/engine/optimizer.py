@@ -105,6 +105,7 @@ class DPOptimizer(OpacusDPOptimizer):
         self._batches = 0
         self._replayed = False  # the pending sum has a batch that was replayed, and no step since
         self._bound = 0.0
+        self._counted_std: float | None = None  # of the noise that the step at hand has been counted with
         self._check_settings()
         capture.owners.update(dict.fromkeys(self.params, self._close_batch))
 
@@ -163,7 +164,7 @@ class DPOptimizer(OpacusDPOptimizer):
 
     def attach_step_hook(self, fn: Callable[[OpacusDPOptimizer], None]) -> None:
         """Call ``fn`` whenever a step is counted, after what was attached before: nothing takes the accountant's
-        place."""
+        place. A noise multiplier or bound that it sets is the next step's, as the noise of this one is counted."""
         before = self.step_hook
 
         def both(optimizer: OpacusDPOptimizer) -> None:
@@ -312,26 +313,35 @@ class DPOptimizer(OpacusDPOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step; a physical batch that is not its logical batch's last (``signal_skip_step``) is only
-        accumulated."""
+        accumulated. What ``closure`` returns is returned."""
+        loss = None
         if closure is not None:
             with torch.enable_grad():
-                closure()
+                loss = closure()
         if self.update is None or not self.update.usable:
-            return self.original_optimizer.step() if self.pre_step() else None  # type: ignore[func-returns-value]
+            if self.pre_step():
+                self.original_optimizer.step()
+            return loss
         if self._begin_step():
             with self._all_or_nothing():
-                std, scale = self._noise_std(), self._scale()
-                self.update.step(self._pending_sums(), stream=self.stream, std=std, scale=scale)
+                self.update.step(self._pending_sums(), stream=self.stream, std=self._noise_std(), scale=self._scale())
                 self._end_step()
-        return None
+        return loss
+
+    @property
+    def grad_samples(self) -> list[Tensor]:
+        raise AttributeError(
+            "per-sample gradients are not kept, and p.grad_sample is never set: use grad_sample_mode='hooks', or for "
+            "a layer's norms dp2vae_fast.ops"
+        )
 
     def add_noise(self) -> None:
         """``p.grad = sum + noise``."""
         sums = self._pending_sums()
-        if self.noise_multiplier > 0:
+        if (std := self._noise_std()) > 0:
             every = [p for group in self.param_groups for p in group["params"]]
             indices = [i for i, p in enumerate(every) if p.requires_grad]  # as the update in one pass numbers them
-            self.stream.add_noise_([ops.lying(s) for s in sums], self._noise_std(), indices)
+            self.stream.add_noise_([ops.lying(s) for s in sums], std, indices)
         for p, total in zip(self.params, sums, strict=True):
             p.grad = total.to(p.dtype)
 
@@ -360,7 +370,7 @@ class DPOptimizer(OpacusDPOptimizer):
         self.clipping.forget()
         self.pending.clear()
         self._batches = 0
-        self._bound, self._replayed = 0.0, False
+        self._bound, self._replayed, self._counted_std = 0.0, False, None
 
     def _begin_step(self) -> bool:
         """Close the physical batch. False if the step is to be skipped; otherwise the accountant has counted it."""
@@ -381,6 +391,7 @@ class DPOptimizer(OpacusDPOptimizer):
                 self.pending.check_whole()
             self._is_last_step_skipped = False
             self._sum_up()
+            self._counted_std = self._noise_std()
             if self.step_hook:
                 self.step_hook(self)
             return True
@@ -411,6 +422,9 @@ class DPOptimizer(OpacusDPOptimizer):
         self.clipping.gradient_noise_multiplier(self.noise_multiplier)
 
     def _noise_std(self) -> float:
+        """That of the step which has been counted, whatever a step hook has set for the next one."""
+        if self._counted_std is not None:
+            return self._counted_std
         return self.clipping.gradient_noise_multiplier(self.noise_multiplier) * self.sensitivity()
 
     def _scale(self) -> float:
