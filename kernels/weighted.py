@@ -20,14 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dp2vae_fast.ops.gradient import conv_weighted_sum, kept_weighted_sum, linear_weighted_sum
+from dp2vae_fast.ops.gradient import RECORDS_PER_PART, conv_weighted_sum, kept_weighted_sum, linear_weighted_sum
 from dp2vae_fast.ops.norm import CHUNK
 
 from . import blocks
 from ._common import launch, takes
 from .gradient import Product, convolution, linear, operand_tiles, supports_convolution, supports_linear
 
-PART = 128  # records of a part at most: `RECORDS_PER_PART` of ops/gradient.py
 _SMALL = 8  # records of a part at least, where there are as many: below, adding parts up costs as much as they do
 _PROGRAMS = 4  # that keep a multiprocessor busy
 
@@ -189,7 +188,7 @@ def _part(records: int, tiles: int, like: Tensor) -> int:
     """Records of a part: few where a part has too few tiles to fill the device."""
     processors = torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 1
     parts = max(1, _PROGRAMS * processors // tiles)
-    return min(PART, max(_SMALL, math.ceil(records / parts)))
+    return min(RECORDS_PER_PART, max(_SMALL, math.ceil(records / parts)))
 
 
 def _added_up(sums: Tensor) -> Tensor:

@@ -239,7 +239,3 @@ def test_on_a_gpu_a_product_counts_the_roundings_of_tensor_cores():
     for positions, depth in {1: 1, 64: 64, 65: 66, 200: 68}.items():
         assert norm_ops.product_depth(positions, cpu) == depth
         assert norm_ops.product_depth(positions, gpu) == norm_ops.MMA_ROUNDINGS * depth
-
-
-def test_parts_are_those_that_the_rounding_of_sums_counts():
-    assert weighted.PART == RECORDS_PER_PART
