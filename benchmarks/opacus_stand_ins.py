@@ -22,12 +22,12 @@ def replace_engine(key: str, one_pass: bool) -> None:
     import opacus.utils.fast_gradient_clipping_utils
     import opacus.utils.per_sample_gradients_utils
 
-    from dp2vae_fast.engine.capture import capture as our_capture
     from dp2vae_fast.engine import module as our_module
     from dp2vae_fast.engine import optimizer as our_optimizer
     from dp2vae_fast.engine import privacy_engine
-    from dp2vae_fast.engine.keystream import Keystream
+    from dp2vae_fast.engine.capture import capture as our_capture
     from dp2vae_fast.engine.gradients.products import add
+    from dp2vae_fast.engine.keystream import Keystream
 
     class Observed(our_capture.Hooks):
         """Show in every backward pass, where Opacus shows them, the gradients that the optimizer will take."""
