@@ -107,6 +107,8 @@ def replace_engine(key: str, one_pass: bool) -> None:
             Shows.__init__(self, m, **kwargs)
 
     class ObservedOptimizer(our_optimizer.DPOptimizer):
+        grad_samples = opacus.optimizers.DPOptimizer.grad_samples
+
         def clip_and_accumulate(self) -> None:
             super().clip_and_accumulate()
             for p in self.params:
