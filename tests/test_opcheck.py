@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import subprocess
@@ -56,6 +57,25 @@ def test_opcheck(name, overload):
     arguments = arguments_of_every_op()
     assert name in arguments, f"add arguments for op {name} to arguments_of_every_op"
     torch.library.opcheck(getattr(getattr(torch.ops.dp2vae_fast, name), overload), arguments[name])
+
+
+def tensors_of(values) -> list[Tensor]:
+    lists = [value if isinstance(value, list | tuple) else [value] for value in values]
+    return [x for x in itertools.chain(*lists) if isinstance(x, Tensor)]
+
+
+@pytest.mark.parametrize("name", sorted(arguments_of_every_op()))
+def test_every_op_takes_keywords(name):
+    op, positional, named = OPS[name], arguments_of_every_op()[name], arguments_of_every_op()[name]
+    names = list(inspect.signature(op).parameters)
+    expected = op(*positional)
+    found = op(*named[:1], **dict(reversed(list(zip(names, named, strict=True))[1:])))
+    pairs = zip(tensors_of([found, *named]), tensors_of([expected, *positional]), strict=True)
+    assert all(same_bits(one, other) for one, other in pairs)
+    with pytest.raises(TypeError, match=rf"^{name}: missing a required argument: '{names[-1]}'; it takes {names[0]}"):
+        op(*named[:-1])
+    with pytest.raises(TypeError, match=rf"^{name}: got an unexpected keyword argument 'bound'; it takes {names[0]}"):
+        op(*named, bound=1.0)
 
 
 def test_ops_compile_without_a_graph_break_to_the_same_bits():

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -133,6 +134,8 @@ class Op(Generic[R]):
     def __init__(self, function: Callable[..., R], mutates: Sequence[str], native: Supports | None) -> None:
         functools.update_wrapper(self, function)
         self.name = function.__name__
+        self._signature = inspect.signature(function)
+        self._names = tuple(self._signature.parameters)
         self.mutates = tuple(mutates)
         self.reference: Callable[..., R] = torch.no_grad()(function)
         self._schema = torch.library.infer_schema(function, mutates_args=self.mutates)
@@ -149,14 +152,16 @@ class Op(Generic[R]):
         return f"<op {NAMESPACE}.{self.name}>"
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> R:
-        device = _device_type(args, kwargs)
+        if kwargs or len(args) != len(self._names):
+            args = self._in_order(args, kwargs)
+        device = _device_type(args)
         order = _requested if backend is None else _parse_order(backend)
         if order is None:
             order = ORDER.get(device, ("reference",))
         for name in order:
-            if self._gap(name, device, args, kwargs) == "":
-                return self._implementations[name].overload(*args, **kwargs)
-        raise NotImplementedError(self._explain(order, device, args, kwargs))
+            if self._gap(name, device, args) == "":
+                return self._implementations[name].overload(*args)
+        raise NotImplementedError(self._explain(order, device, args))
 
     def register(self, name: str, supports: Supports | None = None) -> Callable[[Callable[..., R]], Callable[..., R]]:
         """Decorate a Python-side implementation of this op, such as a Triton launcher.
@@ -182,21 +187,33 @@ class Op(Generic[R]):
         reason = {"cpp": _native_gap, "cuda": _cuda_gap, "triton": _triton_gap}[name]
         return reason or f"no {name} kernel for this op"
 
-    def _gap(self, name: str, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def _in_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """Every argument by position, which is how the conditions of implementations take them."""
+        rest = self._names[len(args) :]
+        if len(rest) == len(kwargs) > 0 and all(name in kwargs for name in rest):
+            return (*args, *[kwargs[name] for name in rest])
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.name}: {error}; it takes {', '.join(self._names)}") from None
+        bound.apply_defaults()
+        return bound.args
+
+    def _gap(self, name: str, device: str, args: tuple[Any, ...]) -> str:
         """Why backend `name` cannot run this call on `device`; the empty string where it can."""
         if name not in self._implementations and (gap := self.missing(name)):
             return gap
         if device != _DEVICE.get(name, device):
             return f"it runs on {_DEVICE[name]} tensors only, these are on {device}"
         supports = self._implementations[name].supports
-        verdict = True if supports is None else supports(*args, **kwargs)
+        verdict = True if supports is None else supports(*args)
         if verdict is True:
             return ""
         return verdict or "it does not support these arguments"
 
-    def _explain(self, order: Sequence[str], device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        gaps = "; ".join(f"{name}: {self._gap(name, device, args, kwargs)}" for name in order)
-        usable = [name for name in BACKENDS if self._gap(name, device, args, kwargs) == ""]
+    def _explain(self, order: Sequence[str], device: str, args: tuple[Any, ...]) -> str:
+        gaps = "; ".join(f"{name}: {self._gap(name, device, args)}" for name in order)
+        usable = [name for name in BACKENDS if self._gap(name, device, args) == ""]
         return f"op {self.name} cannot run as requested ({gaps}). Usable here: {', '.join(usable) or 'none'}"
 
     def _define(self, overload: str, kernel: Callable[..., R]) -> Callable[..., Any]:
@@ -240,9 +257,9 @@ def device_type(x: Tensor) -> str:
     return "cpu" if x.is_cpu else x.device.type
 
 
-def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def _device_type(args: tuple[Any, ...]) -> str:
     """Device type of the first tensor among the arguments, lists included."""
-    for argument in (*args, *kwargs.values()):
+    for argument in args:
         if isinstance(argument, (list, tuple)):
             argument = argument[0] if argument else None
         if isinstance(argument, Tensor):

@@ -291,7 +291,6 @@ def _native_noise_sgd(
     lr: float,
     momentum: float,
     *_settings: float,
-    **_named_settings: float,
 ) -> bool | str:
     _check_draw(key, step, mechanism, indices)
     buffers = {"momentum_buffers": momentum_buffers} if momentum_buffers else {}
@@ -360,7 +359,6 @@ def _native_noise_adam(
     scale: float,
     optimizer_step: int,
     *_settings: float,
-    **_named_settings: float,
 ) -> bool | str:
     _check_draw(key, step, mechanism, indices)
     if optimizer_step < 1:
