@@ -29,8 +29,11 @@ DP2VAE_INLINE float clip_factor(const Clipping& clipping, int64_t layers, double
   if (!(narrow - narrow == 0)) return 0;  // not finite
   const double down = 1 - static_cast<double>(layers + 6) * 0x1p-23;
   const double factor = clipping.max_grad_norm * down / (root(sum) + clipping.stability);
-  if (factor < 0x1p-126) return 0;  // below the normal range the cast would round by more, and up
-  return static_cast<float>(clipping.normalizes || factor < 1 ? factor : 1.0);
+  // NaN is in no range: of a negative sum, or of a bound that is none. Below the normal range the cast would
+  // round by more, and up; above it there is no factor.
+  if (!(factor >= 0x1p-126)) return 0;
+  if (!clipping.normalizes) return static_cast<float>(factor < 1 ? factor : 1.0);
+  return factor <= 0x1.fffffep127 ? static_cast<float>(factor) : 0.0f;
 }
 
 // The factor of record n.

@@ -43,11 +43,12 @@ def factors_kernel(
     bound = tl.sqrt_rn(norms + errors)
     if CLIP:
         factor = tl.div_rn(tl.full((BLOCK,), numerator, tl.float32), bound)
-        factor = tl.where(factor < 1.0, factor, 1.0)
+        factor = tl.where(factor > 1.0, 1.0, factor)  # a NaN stays
     else:
         factor = tl.div_rn(tl.full((BLOCK,), numerator, tl.float32), bound + stability)
     # NaN is in no range; below that of normal numbers the division would round by more, and up.
-    factor = tl.where((bound < float("inf")) & (factor >= 2.0**-126), factor, 0.0)
+    whole = (bound < float("inf")) & (factor >= 2.0**-126) & (factor < float("inf"))
+    factor = tl.where(whole, factor, 0.0)
     tl.store(factors + n, factor, mask=inside)
 
 

@@ -63,6 +63,37 @@ def test_huge_gradients_are_not_longer_than_a_tiny_bound(backend: str, normalize
     assert (factors > 0).any() == (bound > 1e-20) and (factors > 0).all() == (bound > 1e-19)
 
 
+BAD = [math.nan, math.inf, 0.0, -1.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bound", BAD)
+def test_what_is_no_bound_is_refused_and_clips_to_nothing(backend: str, bound: float):
+    norms = torch.tensor([[4.0, 1.0, 9.0]]), torch.zeros(1, 3)
+    for op, more in ((ops.clip_factors, ()), (ops.normalize_factors, (0.01,))):
+        with pytest.raises(ValueError, match=f"^{op.name}: max_grad_norm is {bound}: it must be positive and finite"):
+            op(*norms, bound, *more, backend=backend)
+        if op is ops.clip_factors and bound == math.inf:
+            continue
+        itself = getattr(getattr(torch.ops.dp2vae_fast, op.name), "default" if backend == "cpp" else backend)
+        assert itself(*norms, bound, *more).tolist() == [0.0] * 3
+    with pytest.raises(ValueError, match=r"stability is -0.5: it must be finite"):
+        ops.normalize_factors(*norms, 1.0, -0.5, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sum_that_is_no_squared_norm_clips_to_nothing(backend: str):
+    norm_sq, error = torch.tensor([[-4.0, 1.0], [1.0, 3.0]]), torch.zeros(2, 2)
+    for op, more in ((ops.clip_factors, ()), (ops.normalize_factors, (0.01,))):
+        factors = op(norm_sq, error, 1.0, *more, backend=backend)
+        assert factors[0] == 0.0 and 0.49 < factors[1] <= 0.5
+    zero, beyond_the_largest_number = torch.zeros(1, 1), (1e30, 1e-30)
+    assert ops.normalize_factors(zero, zero, *beyond_the_largest_number, backend=backend).tolist() == [0.0]
+    for wrong in (error[:1], error[0], error.T[:, :1]):
+        with pytest.raises(ValueError, match=r"^clip_factors: norm_sq \[2, 2\], error .* expected \[L, N\] of both"):
+            ops.clip_factors(norm_sq, wrong, 1.0, backend=backend)
+
+
 # Per layer -------------------------------------------------------------------------------------------
 
 

@@ -123,6 +123,17 @@ def test_factors_of_special_records(clip: bool):
     assert found[5] == (1.0 if clip else pytest.approx(50.0))
 
 
+@pytest.mark.parametrize("bound", [float("nan"), -1.0, 0.0])
+def test_what_is_no_bound_or_no_norm_clips_to_nothing(bound: float):
+    norm_sq, error = torch.tensor([[4.0, 1.0], [-9.0, 3.0]], device=DEVICE), torch.zeros(2, 2, device=DEVICE)
+    clips, normalizes = torch.ops.dp2vae_fast.clip_factors.triton, torch.ops.dp2vae_fast.normalize_factors.triton
+    assert clips(norm_sq, error, bound).tolist() == normalizes(norm_sq, error, bound, 0.01).tolist() == [0.0, 0.0]
+    for clip in (True, False):
+        found = factors(clip, norm_sq, error, 1.0, "triton")
+        assert found[0] == 0.0 and 0.49 < float(found[1]) <= 0.5
+    assert normalizes(0 * norm_sq, error, 1e30, 1e-30).tolist() == [0.0, 0.0]  # beyond the largest number
+
+
 @pytest.mark.parametrize("clip", [True, False])
 def test_factors_below_the_normal_range_are_zero(clip: bool):
     norm = 2.0 ** torch.linspace(55.0, 60.0, 200, dtype=torch.float64)

@@ -46,6 +46,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # at module level: its 
 
 R = TypeVar("R")
 Supports = Callable[..., "bool | str"]
+Fits = Callable[..., str]
 
 
 class BackendRow(NamedTuple):
@@ -131,12 +132,15 @@ def backend(name: str) -> Iterator[None]:
 class Op(Generic[R]):
     """A declared op: call it, or ask for one of its implementations. Made by `op`."""
 
-    def __init__(self, function: Callable[..., R], mutates: Sequence[str], native: Supports | None) -> None:
+    def __init__(
+        self, function: Callable[..., R], mutates: Sequence[str], native: Supports | None, fits: Fits | None
+    ) -> None:
         functools.update_wrapper(self, function)
         self.name = function.__name__
         self._signature = inspect.signature(function)
         self._names = tuple(self._signature.parameters)
         self.mutates = tuple(mutates)
+        self._fits = fits
         self.reference: Callable[..., R] = torch.no_grad()(function)
         self._schema = torch.library.infer_schema(function, mutates_args=self.mutates)
         default = self._define("default", self.reference)  # first: what torch.ops calls where no overload is named
@@ -154,6 +158,8 @@ class Op(Generic[R]):
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> R:
         if kwargs or len(args) != len(self._names):
             args = self._in_order(args, kwargs)
+        if self._fits is not None and (wrong := self._fits(*args)):
+            raise ValueError(f"{self.name}: {wrong}")
         device = _device_type(args)
         order = _requested if backend is None else _parse_order(backend)
         if order is None:
@@ -230,17 +236,21 @@ class Op(Generic[R]):
         return handle
 
 
-def op(mutates: Sequence[str] = (), native: Supports | None = None) -> Callable[[Callable[..., R]], Op[R]]:
+def op(
+    mutates: Sequence[str] = (), native: Supports | None = None, fits: Fits | None = None
+) -> Callable[[Callable[..., R]], Op[R]]:
     """Declare an op whose reference is the decorated function's body and whose schema is its type hints.
 
     Args:
         mutates: names of the arguments that the op writes to; such an op returns None.
         native: takes the op's arguments and returns True, or the reason why the kernels of ``csrc`` cannot run on
             them. Whether such kernels exist is looked up by the op's name.
+        fits: takes the op's arguments and returns the empty string, or why no backend may run on them. Called before
+            a backend is chosen, so at every call: no more than a few comparisons of sizes.
 
     The reference of a functional op is also its fake kernel, so it must not read tensor values in Python.
     """
-    return lambda function: Op(function, mutates, native)
+    return lambda function: Op(function, mutates, native, fits)
 
 
 def backends_table() -> list[BackendRow]:
