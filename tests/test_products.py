@@ -270,9 +270,9 @@ def test_threads_do_not_change_a_bit_of_outer_sums(records: int, d: int, p: int)
 
 def test_outer_sums_refuse_several_positions():
     with pytest.raises(RuntimeError, match=r"\[N, 1, D\]"):
-        ops.outer_weighted_sum(torch.ones(2, 3, 4), torch.ones(2, 3, 5), torch.ones(2), backend="cpp")
+        torch.ops.dp2vae_fast.outer_weighted_sum(torch.ones(2, 3, 4), torch.ones(2, 3, 5), torch.ones(2))
     with pytest.raises(RuntimeError, match="2 contiguous float32 numbers"):
-        ops.outer_weighted_sum(torch.ones(2, 1, 4), torch.ones(2, 1, 5), torch.ones(3), backend="cpp")
+        torch.ops.dp2vae_fast.outer_weighted_sum(torch.ones(2, 1, 4), torch.ones(2, 1, 5), torch.ones(3))
 
 
 def test_one_position_counts_the_vendors_rounding():
@@ -354,6 +354,8 @@ def test_arguments_that_do_not_fit_are_refused():
         torch.ops.dp2vae_fast.conv_norm_sq(x, b, [6, 4, 1, 1], [2, 1], [0, 0], [1, 1], 1, False)
     with pytest.raises(RuntimeError, match="are not of one convolution"):
         torch.ops.dp2vae_fast.conv_kept(x, b, [6, 4, 3, 3], [1, 1], [0, 1], [1, 1], 1, False)
+    with pytest.raises(RuntimeError, match="are not of one convolution"):
+        torch.ops.dp2vae_fast.conv_norm_sq(x, b[..., :4], [6, 4, 3, 3], [1, 1], [1, 1], [1, 1], 1, False)
     with pytest.raises(RuntimeError, match="empty"):
         torch.ops.dp2vae_fast.linear_kept(torch.ones(2, 0, 3), torch.ones(2, 0, 4))
 

@@ -74,10 +74,12 @@ Product conv_product(const Tensor& activations, const Tensor& backprops, const I
     p.dilation[d] = dilation[i];
     STD_TORCH_CHECK(p.kernel[d] >= 1 && p.stride[d] >= 1 && p.padding[d] >= 0 && p.dilation[d] >= 1,
                     "kernel, stride and dilation are at least 1, padding at least 0");
-    STD_TORCH_CHECK(
-        (p.grid[d] - 1) * p.stride[d] + p.dilation[d] * (p.kernel[d] - 1) < p.size[d] + 2 * p.padding[d],
-        "the taps of ", p.grid[d], " positions leave an axis of ", p.size[d],
-        " and its padding: activations and backprops are not of one convolution");
+    const int64_t beyond = p.size[d] + 2 * p.padding[d] - p.dilation[d] * (p.kernel[d] - 1) - 1 -
+                           p.stride[d] * (p.grid[d] - 1);  // what the last position leaves unread
+    const int64_t next = transposed ? std::max(p.stride[d], p.dilation[d]) : p.stride[d];
+    STD_TORCH_CHECK(0 <= beyond && beyond < next, "the taps of ", p.grid[d],
+                    " positions do not end with an axis of ", p.size[d],
+                    " and its padding: activations and backprops are not of one convolution");
     p.plain.axis[d] = plain.stride(2 + i);
     p.spread.axis[d] = spread.stride(2 + i);
   }

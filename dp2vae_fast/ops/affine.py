@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _fit
 from ._op import op
 from .norm import widen
 
@@ -22,7 +23,7 @@ def _native_rows(activations: Tensor, backprops: Tensor, *_: object) -> bool | s
     return _native_pair(activations, backprops)
 
 
-@op(native=_native_pair)
+@op(native=_native_pair, fits=_fit.group_norm)
 def group_norm_grad_sample(activations: Tensor, backprops: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of a group norm's scale and bias: ``sum_s x_hat[n, c, s] backprops[n, c, s]`` and without ``x_hat``.
 
@@ -37,7 +38,7 @@ def group_norm_grad_sample(activations: Tensor, backprops: Tensor, groups: int, 
     return (normalized * backprops).sum(2), backprops.sum(2)
 
 
-@op(native=_native_rows)
+@op(native=_native_rows, fits=_fit.layer_norm)
 def layer_norm_grad_sample(activations: Tensor, backprops: Tensor, rms: bool, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of a layer norm's (``rms``: an RMS norm's) scale and bias.
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _fit
 from ._op import op
 from .norm import _gamma, conv_roles, grad_sample_norm_sq, native_convolution, native_product, product_depth
 
@@ -54,7 +55,7 @@ def result_dtype(*operands: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in [x.dtype for x in operands] else torch.float32
 
 
-@op(native=native_product)
+@op(native=native_product, fits=_fit.linear)
 def linear_kept(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Per-sample weight gradients of a linear layer, their squared norms and error bounds.
 
@@ -70,7 +71,7 @@ def linear_kept(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor,
     return values, *grad_sample_norm_sq.reference(values)
 
 
-@op(native=native_product)
+@op(native=native_product, fits=_fit.linear)
 def linear_direct_norm_sq(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]:
     """The norms of :func:`linear_kept`, whose gradients are not kept."""
     a, b = activations.double(), backprops.double()
@@ -78,7 +79,7 @@ def linear_direct_norm_sq(activations: Tensor, backprops: Tensor) -> tuple[Tenso
     return _direct_norms(b.transpose(1, 2) @ a, reach, a.shape[1], result_dtype(activations, backprops))
 
 
-@op(native=native_product)
+@op(native=native_product, fits=_fit.linear_sum)
 def linear_weighted_sum(activations: Tensor, backprops: Tensor, factors: Tensor) -> Tensor:
     """``sum_n factors[n] G[n]``: ``[N, T, D], [N, T, P], [N] -> [P, D]``, in float32 or wider.
 
@@ -88,7 +89,7 @@ def linear_weighted_sum(activations: Tensor, backprops: Tensor, factors: Tensor)
     return (b.flatten(0, 1).T @ a.flatten(0, 1)).to(result_dtype(activations, backprops))
 
 
-@op(native=native_convolution)
+@op(native=native_convolution, fits=_fit.outer_sum)
 def outer_weighted_sum(activations: Tensor, backprops: Tensor, factors: Tensor) -> Tensor:
     """:func:`linear_weighted_sum` of layers with one position: ``[N, 1, D], [N, 1, P], [N] -> [P, D]``.
 
@@ -112,7 +113,7 @@ def outer_weighted_sum(activations: Tensor, backprops: Tensor, factors: Tensor) 
     return total.to(dtype)
 
 
-@op(native=native_convolution)
+@op(native=native_convolution, fits=_fit.convolution)
 def conv_kept(
     activations: Tensor,
     backprops: Tensor,
@@ -171,7 +172,7 @@ def _channels_last(values: Tensor) -> Tensor:
     return values.movedim(2, -1).contiguous().movedim(-1, 2)
 
 
-@op(native=native_convolution)
+@op(native=native_convolution, fits=_fit.convolution)
 def conv_direct_norm_sq(
     activations: Tensor,
     backprops: Tensor,
@@ -190,7 +191,7 @@ def conv_direct_norm_sq(
     return _direct_norms(values, reach, plain.shape[3], result_dtype(activations, backprops))
 
 
-@op(native=native_convolution)
+@op(native=native_convolution, fits=_fit.convolution_sum)
 def conv_weighted_sum(
     activations: Tensor,
     backprops: Tensor,
@@ -252,7 +253,7 @@ def _native_kept(values: Tensor, factors: Tensor) -> bool | str:
     return plain or "the kernel takes contiguous float32"
 
 
-@op(native=_native_kept)
+@op(native=_native_kept, fits=_fit.kept_sum)
 def kept_weighted_sum(values: Tensor, factors: Tensor) -> Tensor:
     """``sum_n factors[n] values[n]``: ``[N, M], [N] -> [M]``, added up in parts of at most 128 records.
 

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _fit
 from ._op import op
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -152,7 +153,7 @@ def _gram_norm(gram_a: Tensor, gram_b: Tensor, length: int) -> tuple[Tensor, Ten
     return norm_sq.clamp(min=0), _gamma(length, norm_sq) * reach + lost
 
 
-@op(native=_native_norms)
+@op(native=_native_norms, fits=_fit.linear)
 def linear_norm_sq(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]:
     """Squared norm of the per-sample weight gradient of a linear layer, by the Gram road.
 
@@ -189,7 +190,7 @@ def conv_roles(activations: Tensor, backprops: Tensor, transposed: bool) -> tupl
     return plain.to(dtype), spread.to(dtype)
 
 
-@op(native=native_convolution)
+@op(native=native_convolution, fits=_fit.convolution)
 def conv_norm_sq(
     activations: Tensor,
     backprops: Tensor,
@@ -250,7 +251,7 @@ def _native_embedding(indices: Tensor, backprops: Tensor, padding_idx: int) -> b
     return plain or "the kernel takes int64 indices and float32"
 
 
-@op(native=_native_embedding)
+@op(native=_native_embedding, fits=_fit.embedding)
 def embedding_norm_sq(indices: Tensor, backprops: Tensor, padding_idx: int) -> tuple[Tensor, Tensor]:
     """Squared norm of the per-sample gradient of an embedding table, without a dense gradient.
 
