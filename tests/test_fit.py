@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +62,24 @@ MISFITS: list[tuple[str, tuple, str]] = [
 def test_operands_that_do_not_belong_together_are_refused_alike(name: str, arguments, message: str, backend):
     with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
         getattr(ops, name)(*arguments, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", None])
+def test_a_key_or_step_that_is_no_tensor_is_refused_in_one_line(backend):
+    xs, key, step, draw = [ones(3)], torch.zeros(8, dtype=torch.int32), torch.tensor(0), (0, [0], 1.0)
+    sgd, adam = (1.0, 0.1, 0.0, 0.0, 0.0, False, False, False), (1.0, 1, 0.1, 0.9, 0.99, 1e-8, 0.0, False, False)
+    calls: dict[str, Callable[[Any, Any], None]] = {
+        "random_words": lambda key, step: ops.random_words(key, step, 0, 0, 0, 5, backend=backend),
+        "add_noise_": lambda key, step: ops.add_noise_(xs, key, step, *draw, backend=backend),
+        "noise_sgd_": lambda key, step: ops.noise_sgd_(xs, xs, [], key, step, *draw, *sgd, backend=backend),
+        "noise_adam_": lambda key, step: ops.noise_adam_(*[xs] * 4, [], key, step, *draw, *adam, backend=backend),
+    }
+    for name, call in calls.items():
+        expected = rf"^{name}: step is 7, expected a torch.int64 scalar tensor: torch.tensor\(7\)$"
+        with pytest.raises(ValueError, match=expected):
+            call(key, 7)
+        with pytest.raises(ValueError, match=rf"^{name}: key is of type list, expected a torch.int32 tensor \[8\]$"):
+            call([0] * 8, step)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -152,6 +152,14 @@ def _check_draw(key: Tensor, step: Tensor, mechanism: int, indices: list[int]) -
             raise ValueError(f"indices hold {index}, expected 0 to 2^32 - 1")
 
 
+def _tensors(key: Tensor, step: Tensor) -> str:
+    if not isinstance(step, Tensor):
+        return f"step is {step!r}, expected a torch.int64 scalar tensor: torch.tensor({step!r})"
+    if not isinstance(key, Tensor):  # a secret: not shown
+        return f"key is of type {type(key).__name__}, expected a torch.int32 tensor [8]"
+    return ""
+
+
 def _check_lists(indices: list[int], std: float, **lists: list[Tensor]) -> None:
     if not std >= 0 or std == math.inf:
         raise ValueError(f"std is {std}, expected a finite number, not negative")
@@ -219,13 +227,14 @@ def _check_words(key: Tensor, step: Tensor, mechanism: int, domain: int, index: 
     return True
 
 
-@op(native=_check_words)
+@op(native=_check_words, fits=lambda key, step, *_: _tensors(key, step))
 def random_words(key: Tensor, step: Tensor, mechanism: int, domain: int, index: int, n: int) -> Tensor:
     """The first n words of a ChaCha20 keystream, in the order of RFC 8439, block counter from 0: int32
     ``[n]``.
 
     Shapes:
-        key int32 ``[8]``; step int64 ``[]``.
+        key int32 ``[8]``; step int64 ``[]``: with mechanism and index as in `add_noise_`; domain: 0 to 3, of which the
+        noise ops read 0 and 1. The same numbers give the same words.
     Guarantees:
         Bit-identical on every backend. Words of different (mechanism, domain, step, index) never share a
         block.
@@ -248,7 +257,7 @@ def _native_add_noise(
     return kernels_support(tensors)
 
 
-@op(mutates=("tensors",), native=_native_add_noise)
+@op(mutates=("tensors",), native=_native_add_noise, fits=lambda tensors, key, step, *_: _tensors(key, step))
 def add_noise_(
     tensors: list[Tensor], key: Tensor, step: Tensor, mechanism: int, indices: list[int], std: float
 ) -> None:
@@ -257,8 +266,16 @@ def add_noise_(
     Equivalent to ``tensor += std * normals(key, step, mechanism, index,
     tensor.numel()).reshape(tensor.shape)``.
 
+    Args:
+        key: the secret: 256 random bits of the operating system. Whoever knows them can take the noise off again.
+        mechanism: the number of one use of the key. Uses that are released apart have numbers of their own.
+        step: the number of this draw of the mechanism.
     Shapes:
         key int32 ``[8]``; step int64 ``[]``; one index for every tensor.
+    What the caller must see to:
+        The same (key, mechanism, step, index) is the same noise, which the difference of two releases is rid of, so no
+        draw may repeat one: count a mechanism's steps up, before each draw, and after a stop go on from beyond the last
+        one or with a new key. :class:`~dp2vae_fast.engine.keystream.Keystream` does all this.
     Guarantees:
         z depends on nothing but (key, step, mechanism, index) and the element's row-major position. It is
         drawn in float32 and added in the tensor's dtype, in float32 where that is narrower.
@@ -300,7 +317,11 @@ def _native_noise_sgd(
     return kernels_support(params, sums, *buffers.values())
 
 
-@op(mutates=("params", "momentum_buffers"), native=_native_noise_sgd)
+@op(
+    mutates=("params", "momentum_buffers"),
+    native=_native_noise_sgd,
+    fits=lambda params, sums, buffers, key, step, *_: _tensors(key, step),
+)
 def noise_sgd_(
     params: list[Tensor],
     sums: list[Tensor],
@@ -322,8 +343,9 @@ def noise_sgd_(
     """One step of `torch.optim.SGD` on the gradients ``(sum + std z) * scale``, noise drawn on the way.
 
     Shapes:
-        params, sums and, where momentum is not 0, momentum_buffers: parallel lists; key and step as in
-        `add_noise_`. first_step: the buffers hold nothing yet and are set to the gradient, as SGD does.
+        params, sums and, where momentum is not 0, momentum_buffers: parallel lists; key, step, mechanism and
+        indices, and what must not repeat, as in `add_noise_`. first_step: the buffers hold nothing yet and are
+        set to the gradient, as SGD does.
     Guarantees:
         The same z as `add_noise_`; then SGD's arithmetic. `sums` is only read. Off the reference no tensor
         of noise is ever formed.
@@ -370,7 +392,11 @@ def _native_noise_adam(
     return kernels_support(params, sums, *state.values())
 
 
-@op(mutates=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"), native=_native_noise_adam)
+@op(
+    mutates=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"),
+    native=_native_noise_adam,
+    fits=lambda params, sums, averages, squares, largest, key, step, *_: _tensors(key, step),
+)
 def noise_adam_(
     params: list[Tensor],
     sums: list[Tensor],
@@ -396,7 +422,7 @@ def noise_adam_(
 
     Shapes:
         parallel lists; max_exp_avg_sqs empty unless amsgrad. optimizer_step counts from 1 and is Adam's own
-        counter, for the bias correction; `step` is the noise's.
+        counter, for the bias correction; `step` is the noise's, and as key, mechanism and indices in `add_noise_`.
     Guarantees, edge cases and errors:
         as `noise_sgd_`; ValueError too where optimizer_step < 1.
     """
