@@ -10,6 +10,8 @@ from dp_accounting.pld import PLDAccountant
 from opacus.accountants import PRVAccountant
 from scipy.special import ndtr
 
+from dp2vae_fast import PrivacyEngine
+from dp2vae_fast.engine import accounting
 from dp2vae_fast.engine.accounting import Mechanism, calibrate_noise_multiplier, epsilon, gaussian_dp_mu
 
 DELTA = 1e-5
@@ -78,12 +80,59 @@ def test_nothing_spent_and_no_noise():
     assert epsilon([Mechanism("a", 1.0), Mechanism("b", 0.0)], DELTA) == math.inf
 
 
+@pytest.mark.parametrize("accountant", ["prv", "rdp", "gdp"])
+@pytest.mark.filterwarnings("ignore:GDP accounting")
+def test_the_engine_has_spent_nothing_before_a_step_and_everything_without_noise(accountant):
+    engine = PrivacyEngine(accountant=accountant)
+    assert engine.get_epsilon(DELTA) == 0.0
+    engine.accountant.history = [(0.0, 0.1, 1)]
+    assert engine.get_epsilon(DELTA) == math.inf
+    with pytest.raises(ValueError, match="delta"):
+        engine.get_epsilon(0.0)
+
+
 @pytest.mark.parametrize("delta", [1e-5, 1e-9])
 @pytest.mark.parametrize("noise", [0.01, 0.03, 0.04])
 def test_hardly_any_noise_is_bounded_from_above_where_prv_overflows(noise, delta):
     ours = epsilon([Mechanism("a", noise)], delta)
     assert gaussian_dp_mu(ours, delta) >= 1 / noise * (1 - 1e-9)
     assert math.isfinite(ours)
+
+
+@pytest.mark.parametrize(
+    ("noise", "steps", "delta"),
+    [
+        (100.0, 10_000, 1e-12),  # Opacus' PRV: 7.1713 for 7.2385
+        (333.0, 10_000, 1e-13),  # 2.0742 for 2.1168
+        (1054.0, 100_000, 1e-11),  # 1.9125 for 1.9151
+        (10.0, 100, 1e-10),
+        (0.03, 1, 1e-8),  # 709.8 for 741.7
+        (1.0, 1, 1e-20),
+    ],
+)
+def test_neither_the_trainer_nor_the_engine_reports_less_than_the_truth(noise, steps, delta):
+    engine = PrivacyEngine()
+    engine.accountant.history = [(noise, 1.0, steps)]
+    ours = epsilon([Mechanism("a", noise, 1.0, steps)], delta)
+    assert engine.get_epsilon(delta) == ours
+    assert gaussian_dp_mu(ours, delta) >= math.sqrt(steps) / noise
+    assert gaussian_dp_mu(0.8 * ours, delta) < math.sqrt(steps) / noise  # and not by far more
+
+
+@pytest.mark.parametrize("steps", [999, 10**6])
+def test_prv_is_left_where_rounding_exceeds_the_error_that_it_allows_for(steps, monkeypatch):
+    asked = []
+    monkeypatch.setattr(accounting, "_from_opacus", lambda *a, **_: asked.append(a[2]) or 1.0)
+    least = 1e-13 * max(1000, steps)
+    for delta in (least, 0.99 * least):
+        accounting.epsilon_of([(1.0, 0.1, steps)], delta, "prv")
+    assert asked == ["prv", "rdp"]
+
+
+@pytest.mark.parametrize(("target", "delta", "steps"), [(7.17, 1e-12, 10_000), (2.07, 1e-13, 10_000), (0.5, 1e-20, 10)])
+def test_calibration_at_a_small_delta_keeps_to_the_target(target, delta, steps):
+    noise = calibrate_noise_multiplier([], target_epsilon=target, target_delta=delta, sample_rate=1.0, steps=steps)
+    assert math.sqrt(steps) / noise <= gaussian_dp_mu(target, delta)
 
 
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
 
@@ -17,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 from dp2vae_fast import PrivacyEngine, ops
+from dp2vae_fast.engine.accounting import gaussian_dp_mu
 from dp2vae_fast.engine.capture.capture import Capture
 from dp2vae_fast.engine.keystream import Keystream
 from dp2vae_fast.engine.precision import sum_rounding
@@ -126,6 +128,43 @@ def test_make_private_with_epsilon_meets_its_target():
             optimizer.step()
             optimizer.zero_grad()
     assert 3.0 < engine.get_epsilon(1e-5) <= 4.0
+
+
+@pytest.mark.parametrize("target", [0.5, 3.0])
+def test_make_private_with_epsilon_at_a_small_delta_keeps_to_the_truth(target: float):
+    """All records in each of 2,000 steps, where the truth has a closed form."""
+    model = small_model()
+    _, optimizer, _ = PrivacyEngine().make_private_with_epsilon(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=loader(8),
+        target_epsilon=target,
+        target_delta=1e-13,
+        epochs=2_000,
+        max_grad_norm=1.0,
+    )
+    assert math.sqrt(2_000) / optimizer.noise_multiplier <= gaussian_dp_mu(target, 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0"),
+        ({"target_epsilon": -1.0}, "target_epsilon: expected a positive number"),
+        ({"target_epsilon": 1e-9}, "cannot be reached at target_delta = 1e-05"),
+    ],
+)
+def test_budgets_that_make_no_sense_are_refused(options: dict, message: str):
+    model = small_model()
+    given = {"target_epsilon": 1.0, "target_delta": 1e-5, "epochs": 1} | options
+    with pytest.raises(ValueError, match=message):
+        PrivacyEngine(accountant="rdp").make_private_with_epsilon(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=loader(),
+            max_grad_norm=1.0,
+            **given,
+        )
 
 
 def test_the_original_model_is_used_without_wrapping():

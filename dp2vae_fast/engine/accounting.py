@@ -2,26 +2,31 @@
 
 Neighbouring data sets differ by adding or removing one record. ``"prv"`` (Gopi, Lee and Wutschitz 2021) is
 the default and adds its own numerical error of at most 0.01 to epsilon; ``"rdp"`` (Mironov 2017) is looser
-and never fails. Opacus' third accountant, ``"gdp"``, rests on a central limit theorem and is no upper bound,
-so it is not offered.
+and never fails, so it stands in where the arithmetic of PRV does not carry (:func:`epsilon_of`). Opacus' third
+accountant, ``"gdp"``, rests on a central limit theorem and is no upper bound: the ``Trainer`` does not offer it.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from opacus.accountants import create_accountant
+from opacus.accountants import RDPAccountant, create_accountant
 from scipy.special import log_ndtr
 
 ACCOUNTANTS = ("prv", "rdp")
 _LARGEST_NOISE = 1e6
 _TOLERANCE = 1e-3
 _PRV_LIMIT = 500.0  # Opacus' PRV works with exp(epsilon): near 709 it saturates and would report too little
+_PRV_ROUNDING = 1e-13  # what its power of a Fourier transform may be off by, in units of delta / 1000, for each step
+_ORDERS = [*RDPAccountant.DEFAULT_ALPHAS, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024]  # large ones for small deltas
+
+History = Sequence[tuple[float, float, int]]
+"""Noise multiplier, sample rate and steps, as Opacus' accountants keep them."""
 
 
 @dataclass(frozen=True)
@@ -53,40 +58,56 @@ class Mechanism:
 def epsilon(mechanisms: Sequence[Mechanism], delta: float, accountant: str = "prv") -> float:
     """Smallest epsilon that the accountant certifies at ``delta`` for all mechanisms composed.
 
-    Guarantees: an upper bound on the epsilon of the adaptive composition, under add/remove of one record.
-    Where PRV's arithmetic gives up (above epsilon = 500), the looser RDP bound is returned instead.
+    Guarantees: an upper bound on the epsilon of the adaptive composition, under add/remove of one record
+    (:func:`epsilon_of`).
 
     Edge cases: no mechanism, no step or a rate of zero give 0; a mechanism without noise gives infinity.
 
     Raises:
         ValueError: ``delta`` outside (0, 1), or an unknown accountant.
     """
-    if not 0 < delta < 1:
-        raise ValueError(f"delta: expected a number between 0 and 1, got {delta}")
     if accountant not in ACCOUNTANTS:
         raise ValueError(f"accountant: expected one of {', '.join(ACCOUNTANTS)}, got {accountant!r}")
-    history = [(m.noise_multiplier, m.sample_rate, int(m.steps)) for m in mechanisms if m.steps and m.sample_rate]
+    return epsilon_of([(m.noise_multiplier, m.sample_rate, int(m.steps)) for m in mechanisms], delta, accountant)
+
+
+def epsilon_of(history: History, delta: float, accountant: str, **options: Any) -> float:
+    """:func:`epsilon` of ``history``, (noise multiplier, sample rate, steps) each, by an accountant of Opacus'.
+
+    Opacus' PRV reports too little where rounding is no longer small beside what it looks for, and RDP's bound is
+    returned instead: for epsilon above 500, where PRV fails, and for ``delta`` below 1e-10 or below 1e-13 times the
+    number of steps. PRV allows for an error of delta / 1000, and raises a Fourier transform to the power of the steps,
+    which leaves about 1e-16 a step in the tail.
+
+    Args:
+        options: of the accountant's ``get_epsilon``.
+    """
+    if not 0 < delta < 1:
+        raise ValueError(f"delta: expected a number between 0 and 1, got {delta}")
+    history = [(float(noise), float(rate), steps) for noise, rate, steps in history if steps and rate]
     if not history:
         return 0.0
     if any(noise == 0 for noise, _, _ in history):
         return math.inf
-    certified = _from_opacus(history, delta, accountant)
-    if accountant == "prv" and certified > _PRV_LIMIT:
-        certified = _from_opacus(history, delta, "rdp")
-    return certified if certified >= 0 else 0.0
+    if accountant != "prv":
+        return _from_opacus(history, delta, accountant, **options)
+    certified = math.inf
+    if delta >= _PRV_ROUNDING * max(1000, sum(steps for *_, steps in history)):
+        certified = _from_opacus(history, delta, "prv", **options)
+    return certified if certified <= _PRV_LIMIT else _from_opacus(history, delta, "rdp", alphas=_ORDERS)
 
 
-def _from_opacus(history: list[tuple[float, float, int]], delta: float, accountant: str) -> float:
+def _from_opacus(history: History, delta: float, accountant: str, **options: Any) -> float:
     """Epsilon of Opacus' accountant; infinity where it fails (too little noise for PRV's grid, say)."""
-    book = create_accountant(accountant)
-    book.history = history
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # log(1 - q) at q = 1; RDP's remark that more orders would be tighter
+        book = create_accountant(accountant)
+        book.history = history
         try:
-            certified = float(book.get_epsilon(delta))
-        except (RuntimeError, ValueError, MemoryError, OverflowError):
+            certified = float(book.get_epsilon(delta, **options))
+        except (RuntimeError, ValueError, MemoryError, OverflowError, IndexError):
             return math.inf
-    return certified if not math.isnan(certified) else math.inf
+    return max(0.0, certified) if not math.isnan(certified) else math.inf
 
 
 def calibrate_noise_multiplier(
@@ -110,31 +131,50 @@ def calibrate_noise_multiplier(
     Raises:
         ValueError: the target is not a positive number, or ``fixed`` alone already exceeds it.
     """
-    if not (target_epsilon > 0 and math.isfinite(target_epsilon)):
-        raise ValueError(f"target_epsilon: expected a positive number, got {target_epsilon}")
 
     def spent(noise: float) -> float:
         return epsilon([*fixed, Mechanism("calibrated", noise, sample_rate, steps)], target_delta, accountant)
 
+    noise = smallest_noise(spent, target_epsilon)
+    if noise is None:
+        already = epsilon(fixed, target_delta, accountant)
+        raise ValueError(
+            f"target_epsilon = {target_epsilon:g} cannot be reached: the other mechanisms alone spend "
+            f"{already:.3g} at delta = {target_delta:g} ({accountant}); raise target_epsilon, or give "
+            "stage 1 a smaller share"
+        )
+    return noise
+
+
+def smallest_noise(
+    spent: Callable[[float], float],
+    target_epsilon: float,
+    *,
+    tolerance: float = _TOLERANCE,
+    epsilon_tolerance: float = 0.0,
+) -> float | None:
+    """The smallest noise multiplier at which ``spent`` is at most ``target_epsilon``, up to a factor of
+    ``1 + tolerance``, or one that leaves no more than ``epsilon_tolerance`` of it; None if a million is too little.
+
+    Raises:
+        ValueError: the target is not a positive number.
+    """
+    if not (target_epsilon > 0 and math.isfinite(target_epsilon)):
+        raise ValueError(f"target_epsilon: expected a positive number, got {target_epsilon}")
     if spent(0.0) <= target_epsilon:
         return 0.0
     high = 1.0
-    while spent(high) > target_epsilon:
+    while (reached := spent(high)) > target_epsilon:
         high *= 4.0
         if high > _LARGEST_NOISE:
-            already = epsilon(fixed, target_delta, accountant)
-            raise ValueError(
-                f"target_epsilon = {target_epsilon:g} cannot be reached: the other mechanisms alone spend "
-                f"{already:.3g} at delta = {target_delta:g} ({accountant}); raise target_epsilon, or give "
-                "stage 1 a smaller share"
-            )
+            return None
     low = high / 4.0
-    while low > 1e-3 and spent(low) <= target_epsilon:
-        low, high = low / 4.0, low
-    while high > low * (1 + _TOLERANCE):
+    while low > 1e-3 and (less := spent(low)) <= target_epsilon:
+        low, high, reached = low / 4.0, low, less
+    while high > low * (1 + tolerance) and target_epsilon - reached > epsilon_tolerance:
         middle = math.sqrt(low * high)
-        if spent(middle) <= target_epsilon:
-            high = middle
+        if (less := spent(middle)) <= target_epsilon:
+            high, reached = middle, less
         else:
             low = middle
     return high

@@ -12,13 +12,13 @@ from weakref import WeakSet
 import opacus
 import torch
 from opacus.accountants import create_accountant
-from opacus.accountants.utils import get_noise_multiplier
 from opacus.grad_sample.gsm_base import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer as OpacusDPOptimizer
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from .accounting import epsilon_of, smallest_noise
 from .capture.capture import Capture
 from .clipping import clipping_of
 from .counting import Draws, StepCounter
@@ -199,7 +199,15 @@ class PrivacyEngine(opacus.PrivacyEngine):
             epsilon_tolerance: by how much the noise multiplier may fall short of using up the target.
             alphas: orders that the accountant "rdp" tries.
             options: all other arguments of :meth:`make_private`.
+
+        Guarantees:
+            :meth:`get_epsilon` is at most the target after ``epochs`` passes of this engine's first training.
+
+        Raises:
+            ValueError: a target that is no positive number or that no noise reaches; less than one pass.
         """
+        if epochs < 1:
+            raise ValueError(f"epochs is {epochs}: there must be at least one pass over the data loader")
         rate, steps = 1 / len(data_loader), len(data_loader)
         if (size := options.get("dataset_size")) is not None:
             rate, steps = public_rate(data_loader, size)
@@ -210,15 +218,17 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 stacklevel=2,
             )
         orders: dict[str, Any] = {} if alphas is None else {"alphas": list(alphas)}
-        noise_multiplier = get_noise_multiplier(
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-            sample_rate=rate,
-            steps=epochs * steps,
-            accountant=self.accountant.mechanism(),
-            epsilon_tolerance=epsilon_tolerance,
-            **orders,
-        )
+        kind = self.accountant.mechanism()
+
+        def spent(noise: float) -> float:
+            return epsilon_of([(noise, rate, epochs * steps)], target_delta, kind, **orders)
+
+        noise_multiplier = smallest_noise(spent, target_epsilon, tolerance=1e-6, epsilon_tolerance=epsilon_tolerance)
+        if noise_multiplier is None:
+            raise ValueError(
+                f"target_epsilon = {target_epsilon:g} cannot be reached at target_delta = {target_delta:g} by any "
+                "noise multiplier up to a million: raise one of them, or take fewer epochs"
+            )
         return self.make_private(
             module=module,
             optimizer=optimizer,
@@ -283,6 +293,17 @@ class PrivacyEngine(opacus.PrivacyEngine):
         else:
             private.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=sample_rate))
         return wrapped, private
+
+    def get_epsilon(self, delta: float) -> float:
+        """What all steps counted so far have spent at ``delta``: 0 before the first, infinity where one had no noise.
+
+        Of the accountant "prv" it is the looser bound of "rdp" where Opacus' arithmetic would report too little
+        (:func:`~.accounting.epsilon_of`): ``accountant.get_epsilon`` is Opacus' own, and does not see to that.
+
+        Raises:
+            ValueError: ``delta`` outside (0, 1).
+        """
+        return epsilon_of(self.accountant.history, delta, self.accountant.mechanism())
 
     def save_checkpoint(self, *, checkpoint_dict: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Opacus' ``save_checkpoint``, and how far noise and coins have been drawn."""
