@@ -359,6 +359,24 @@ def test_two_models_on_draws_of_their_own_are_accounted_one_by_one():
     assert sorted(engine.accountant.history) == [(3.0, 1 / 3, 1)] * 3 + [(4.0, 1 / 3, 1)] * 3
 
 
+@pytest.mark.parametrize(("times", "between"), [(3, 70), (150, 1)])
+def test_a_draw_in_use_is_remembered_whatever_steps_are_taken_between(times: int, between: int):
+    engine = PrivacyEngine(accountant="rdp")
+    (module, optimizer, loader), (other, other_optimizer, other_loader) = two_models(engine)
+    (kept,), fresh = next(iter(loader)), itertools.chain.from_iterable(itertools.repeat(other_loader))
+    for _ in range(times):
+        backward(module, kept)
+        optimizer.step()
+        for (batch,) in itertools.islice(fresh, between):
+            backward(other, batch)
+            other_optimizer.step()
+    joint = pytest.approx(3.0 / times**0.5)
+    assert [entry for entry in engine.accountant.history if entry[0] != 4.0] == [(joint, 1 / 3, 1)]
+    assert sum(steps for *_, steps in engine.accountant.history) == 1 + times * between
+    counter = engine._counter  # forgets what is over
+    assert max(len(counter._steps), *(len(step.origins) for step in counter._steps.values())) <= 128 + 4
+
+
 @pytest.mark.parametrize("optimizer_of", ["first", "second"])
 @pytest.mark.parametrize("loader_of", ["first", "second"])
 def test_a_module_of_two_engines_has_the_draws_of_both(optimizer_of: str, loader_of: str):

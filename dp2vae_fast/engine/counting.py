@@ -42,7 +42,7 @@ class Draws:
 class _Counted(NamedTuple):
     """A step that the accountant was told of."""
 
-    origins: set[Origin]
+    origins: frozenset[Origin]
     noise_multiplier: float
     sample_rate: float
 
@@ -65,11 +65,15 @@ class StepCounter:
     def __init__(self, accountant: Callable[[], IAccountant]) -> None:
         self.samplers: WeakSet[PoissonSampler] = WeakSet()  # each has a loader, an optimizer and with it a model
         self._accountant = accountant
-        self._last: deque[_Counted] = deque(maxlen=64)  # steps that others may share a draw with
+        self._steps: dict[Origin, _Counted] = {}  # that others may share a draw or a batch with
+        self._latest: dict[tuple[str, int], Origin] = {}  # of each loader and model: it may be in use for long
+        self._older: deque[Origin] = deque()  # of all of them
 
     def forget(self) -> None:
         """The history has become another: steps to come share no draw with it."""
-        self._last.clear()
+        self._steps.clear()
+        self._latest.clear()
+        self._older.clear()
 
     def hook(self, sample_rate: float) -> Callable[[Any], None]:
         """Step hook of an optimizer whose batches are drawn with ``sample_rate``."""
@@ -80,23 +84,36 @@ class StepCounter:
             z, rate = float(optimizer.noise_multiplier), min(1.0, float(sample_rate) * optimizer.accumulated_iterations)
             drawn = [s.sample_rate for s in self.samplers if any(o[:2] == ("draw", s.number) for o in origins)]
             rate = max([rate, *drawn])
-            before, last = list(accountant.history), list(self._last)
+            before = list(accountant.history)
+            shared = dict.fromkeys(self._steps[o] for o in origins & self._steps.keys())
             try:
-                for counted in [c for c in last if c.origins & origins]:
-                    self._last.remove(counted)
+                for counted in shared:
                     if _take_back(accountant.history, counted):
-                        origins |= counted.origins
+                        origins |= counted.origins & self._steps.keys()
                         other = counted.noise_multiplier
                         z = 0.0 if 0.0 in (z, other) else 1.0 / math.hypot(1.0 / z, 1.0 / other)
                         rate = max(rate, counted.sample_rate)
                 accountant.step(noise_multiplier=z, sample_rate=rate)
             except BaseException:
                 accountant.history = before
-                self._last = deque(last, maxlen=self._last.maxlen)
                 raise
-            self._last.append(_Counted(origins, z, rate))
+            self._remember(_Counted(frozenset(origins), z, rate), shared)
 
         return count
+
+    def _remember(self, step: _Counted, instead_of: Iterable[_Counted]) -> None:
+        """``step`` was counted: keep it for the latest draw or batch of each source, and for 128 older ones."""
+        for origin in set().union(*(replaced.origins for replaced in instead_of)) - step.origins:
+            self._steps.pop(origin, None)
+        for origin in step.origins:
+            if origin not in self._steps:
+                latest = self._latest.setdefault(origin[:2], origin)
+                if latest != origin:
+                    older, self._latest[origin[:2]] = sorted((latest, origin), key=lambda o: o[2])
+                    self._older.append(older)
+            self._steps[origin] = step
+        while len(self._older) > 128:
+            self._steps.pop(self._older.popleft(), None)
 
 
 def _take_back(history: list[tuple[float, float, int]], counted: _Counted) -> bool:
