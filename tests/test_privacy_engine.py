@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import pickle
 import warnings
@@ -234,6 +235,37 @@ def test_checkpoints_restore_model_optimizer_and_accountant(tmp_path):
     steps(again, again_optimizer, 2)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("file", ["path", "stream"])
+def test_going_back_to_a_checkpoint_forgets_no_step_that_was_taken(tmp_path, file: str):
+    where = tmp_path / "c.pt" if file == "path" else io.BytesIO()
+    opened = (lambda: where) if file == "path" else (lambda: io.BytesIO(where.getvalue()))
+    engine = PrivacyEngine(accountant="rdp")
+    model, optimizer = privatize(small_model(), OPTIMIZERS["sgd"], engine=engine, noise_multiplier=1.0)
+    for _ in range(2):
+        optimizer.step()
+    engine.save_checkpoint(path=where, module=model, optimizer=optimizer)
+    saved = [p.detach().clone() for p in model.parameters()]
+    optimizer.noise_multiplier = 2.0
+    for _ in range(3):
+        optimizer.step()
+    with pytest.warns(UserWarning, match="counted more steps than the checkpoint"):
+        engine.load_checkpoint(path=opened(), module=model, optimizer=optimizer)
+    assert engine.accountant.history == [(1.0, 0.1, 2), (2.0, 0.1, 3)]
+    assert all(torch.equal(a, b) for a, b in zip(saved, model.parameters(), strict=True))
+
+    other = PrivacyEngine(accountant="rdp")
+    other.accountant.history = [(1.0, 0.1, 1)]
+    other.load_checkpoint(path=opened(), module=model, optimizer=optimizer)
+    assert other.accountant.history == [(1.0, 0.1, 2)]
+    other.accountant.history = [(3.0, 0.1, 1)]
+    optimizer.step()
+    moved = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="load it into a fresh PrivacyEngine"):
+        other.load_checkpoint(path=opened(), module=model, optimizer=optimizer)
+    assert other.accountant.history == [(3.0, 0.1, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(moved, model.parameters(), strict=True))
 
 
 def test_secure_mode_needs_no_torchcsprng_and_refuses_what_is_not_secret():

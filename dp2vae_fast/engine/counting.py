@@ -10,6 +10,7 @@ from weakref import WeakSet
 
 from opacus.accountants import IAccountant
 
+from .accounting import History
 from .capture.book import Origin
 from .sampling import PoissonSampler
 
@@ -114,6 +115,12 @@ class StepCounter:
             self._steps[origin] = step
         while len(self._older) > 128:
             self._steps.pop(self._older.popleft(), None)
+
+
+def begins_with(history: History, start: History) -> bool:
+    """Whether the first steps of ``history`` are those of ``start``."""
+    steps, first = ([entry for z, rate, n in h for entry in [(z, rate)] * n] for h in (history, start))
+    return steps[: len(first)] == first
 
 
 def _take_back(history: list[tuple[float, float, int]], counted: _Counted) -> bool:

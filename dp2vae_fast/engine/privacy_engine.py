@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from .accounting import epsilon_of, smallest_noise
 from .capture.capture import Capture
 from .clipping import clipping_of
-from .counting import Draws, StepCounter
+from .counting import Draws, StepCounter, begins_with
 from .distributed import DistributedDPOptimizer, Ranks
 from .gradients.plan import Plan
 from .keystream import Keystream
@@ -310,11 +310,34 @@ class PrivacyEngine(opacus.PrivacyEngine):
         position = tuple(map(max, (0, 0), *(keystream.position for keystream in self._keystreams.values())))
         super().save_checkpoint(checkpoint_dict=(checkpoint_dict or {}) | {"keystream_position": position}, **kwargs)
 
-    def load_checkpoint(self, **kwargs: Any) -> dict:
-        """Opacus' ``load_checkpoint``; steps counted before share no draw with those to come, and where the key is the
-        same, as with a seed, noise and coins go on behind theirs."""
-        self._counter.forget()
-        checkpoint = super().load_checkpoint(**kwargs)
+    def load_checkpoint(self, *, path: Any, torch_load_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> dict:
+        """Opacus' ``load_checkpoint``; no step that this engine has counted is forgotten, and where the key is the
+        same, as with a seed, noise and coins go on behind theirs.
+
+        Raises:
+            ValueError: the checkpoint is of another run than the steps counted so far.
+        """
+        counted = list(self.accountant.history)
+        if counted:
+            start = path.tell() if hasattr(path, "tell") else None
+            saved = torch.load(path, **(torch_load_kwargs or {}), weights_only=False)["privacy_accountant_state_dict"]
+            if start is not None:
+                path.seek(start)
+            if not (begins_with(saved["history"], counted) or begins_with(counted, saved["history"])):
+                raise ValueError(
+                    "the checkpoint is of another run than the steps that this PrivacyEngine has counted, which would "
+                    "be forgotten: load it into a fresh PrivacyEngine"
+                )
+        else:
+            self._counter.forget()
+        checkpoint = super().load_checkpoint(path=path, torch_load_kwargs=torch_load_kwargs, **kwargs)
+        if not begins_with(self.accountant.history, counted):
+            self.accountant.history = counted
+            warnings.warn(
+                "this PrivacyEngine has counted more steps than the checkpoint, and keeps them: what was trained since "
+                "the checkpoint has been spent",
+                stacklevel=2,
+            )
         steps = sum(steps for *_, steps in self.accountant.history)
         self._drawn = tuple(map(max, self._drawn, checkpoint.pop("keystream_position", (steps, steps))))
         for keystream in self._keystreams.values():
