@@ -126,6 +126,47 @@ def test_two_draws_in_one_backward_pass_are_refused(physical):
     assert torch.equal(before, model.weight)
 
 
+def two_loaders(data: str, workers: int = 0):
+    engine, _, module, optimizer, loader = private(None, workers=workers, noise=2.0)
+    other = loader.dataset if data == "one" else TensorDataset(3 + torch.randn(N, 3, dtype=D))
+    module, optimizer, second = engine.make_private(
+        module=module,
+        optimizer=optimizer,
+        data_loader=DataLoader(other, batch_size=8, num_workers=workers),
+        noise_multiplier=2.0,
+        max_grad_norm=1.0,
+        loss_reduction="sum",
+    )
+    return module, optimizer, loader, second
+
+
+@pytest.mark.filterwarnings("ignore:this PrivacyEngine has counted steps on another data set")
+@pytest.mark.parametrize(("data", "workers"), [("one", 0), ("one", 1), ("two", 0)])
+def test_batches_of_two_loaders_in_one_step_must_be_of_two_data_sets(data: str, workers: int):
+    module, optimizer, *loaders = two_loaders(data, workers)
+    batches = [iter(loader) for loader in loaders]
+    (one,), (other,) = map(next, batches)
+    assert len(one) and len(other)
+    backward(module, torch.cat([one, other]))
+    if data == "one":
+        with pytest.raises(ValueError, match="two data loaders over one data set"):
+            optimizer.step()
+    else:
+        optimizer.step()
+        backward(module, torch.cat([one, other, other[:1]]))
+        with pytest.raises(ValueError, match="would count several times"):
+            optimizer.step()
+
+
+def test_batches_of_two_loaders_may_take_turns():
+    module, optimizer, *loaders = two_loaders("one")
+    for batches in zip(*loaders, strict=True):
+        for (batch,) in batches:
+            backward(module, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def test_a_batch_skipped_under_the_memory_manager_drops_its_draw():
     _, _, module, optimizer, loader = private(None)
     with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as split:

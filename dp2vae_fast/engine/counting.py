@@ -39,6 +39,11 @@ class Draws:
     def __call__(self) -> set[Origin]:
         return in_use(self.own) or set().union(*(in_use(counter.samplers) for counter in self.counters))
 
+    def data_of(self, number: int) -> int:
+        """Tells the data set of the sampler of this ``number`` from others."""
+        samplers = {*self.own}.union(*(counter.samplers for counter in self.counters))
+        return next((id(s.data) for s in samplers if s.number == number), number)
+
 
 class _Counted(NamedTuple):
     """A step that the accountant was told of."""

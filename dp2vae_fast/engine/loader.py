@@ -119,7 +119,7 @@ class PoissonDataLoader(DataLoader):
         collate = wrap_collate_with_empty(collate_fn=loader.collate_fn, batch_first=batch_first)
         collate([loader.dataset[0]])  # it learns what a batch looks like, should the first draw be empty
         draws = PoissonSampler(stream, dataset_size=size, sample_rate=rate, steps=steps, share=share)
-        draws.drawn_on_demand = loader.num_workers == 0
+        draws.drawn_on_demand, draws.data = loader.num_workers == 0, loader.dataset
         sampler: Sampler[list[int]] = draws
         if physical_batch_size is not None:
             sampler = PhysicalBatchSampler(draws, physical_batch_size)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from .capture.book import Origin
+
+_TWO_LOADERS = (
+    "records of two data loaders over one data set in one step, of which one record could be in both: call step() on "
+    "each batch, and draw from one loader"
+)
 
 
 class Pending:
@@ -13,12 +20,14 @@ class Pending:
         batches: physical ones that were added up.
         records: of all of them.
         one_draw_at_a_time: every batch is of the draw that a loader was asked for last.
+        data_of: tells the data sets of samplers apart, by the samplers' numbers.
     """
 
     def __init__(self) -> None:
         self.origins: set[Origin] = set()
         self.batches = self.records = 0
         self.one_draw_at_a_time = False
+        self.data_of: Callable[[int], int] = int
 
     def add(self, origins: set[Origin], records: int) -> None:
         """A batch of ``records`` records comes to what is pending."""
@@ -46,25 +55,46 @@ class Pending:
                 "records of two Poisson draws in one step, of which one record could be in both: call step() on each "
                 "batch before the next is used"
             )
-        if len(draws) == 1 and (size := draws[0][3]) is not None and self.records > size:
+        sizes = self._sizes()
+        twice = len(sizes) < len(draws)  # of one data set: a batch is of one of them
+        if any(None in of_data for of_data in sizes):
+            if twice:
+                raise ValueError(_TWO_LOADERS)
+        elif draws and self.records > (most := sum(max(of_data) for of_data in sizes)):  # type: ignore[type-var]
+            if twice:
+                raise ValueError(_TWO_LOADERS)
             raise ValueError(
-                f"{self.records} gradients in one step on a draw of {size} records, which would count several times, "
+                f"{self.records} gradients in one step on a draw of {most} records, which would count several times, "
                 "or are not of records: give the model all rows of a record at once (rows_per_record)"
             )
 
     def check_whole(self) -> None:
-        """Of a draw that was not in parts, gradients of all its records came.
+        """Of draws that were not in parts, gradients of all their records came.
 
         Raises:
             ValueError: of fewer: several records were taken for one, or rows for records.
         """
-        draws = self._draws()
-        if len(draws) == 1 and (size := draws[0][3]) is not None and 0 < self.records < size:
+        totals, sizes = {0}, self._sizes()
+        if not sizes or any(None in of_data for of_data in sizes):
+            return
+        for of_data in sizes:
+            totals |= {total + size for total in totals for size in of_data if size is not None}
+        if self.records not in totals:
             raise ValueError(
-                f"{self.records} gradients in a step on a draw of {size} records, several of which would count as one "
-                "(a batch in parts, one backward pass; rows that are no records): call the model once on all records, "
-                "and leave one out by a loss of zero"
+                f"{self.records} gradients in a step on a draw of {max(totals)} records, several of which would count "
+                "as one (a batch in parts, one backward pass; rows that are no records): call the model once on all "
+                "records, and leave one out by a loss of zero"
             )
+
+    def _sizes(self) -> list[list[int | None]]:
+        """Of the draws over each data set."""
+        draws = self._draws()
+        if len(draws) < 2:
+            return [[size] for *_, size in draws]
+        sizes: dict[int, list[int | None]] = {}
+        for _, sampler, _, size in draws:
+            sizes.setdefault(self.data_of(sampler), []).append(size)
+        return list(sizes.values())
 
     def _draws(self) -> list[Origin]:
         return [o for o in self.origins if o[0] == "draw"]

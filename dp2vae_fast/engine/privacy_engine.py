@@ -467,7 +467,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         known = optimizer.capture.draws
         optimizer.capture.draws = draws = known if isinstance(known, Draws) else Draws()
         draws.add(loader.draws, self._counter)
-        optimizer.pending.one_draw_at_a_time = loader.draws.drawn_on_demand
+        optimizer.pending.one_draw_at_a_time, optimizer.pending.data_of = loader.draws.drawn_on_demand, draws.data_of
         loader.draws.begin_pass = optimizer.begin_pass
         if loader.is_padded:
             optimizer.padded = True

@@ -89,6 +89,7 @@ class PoissonSampler(UniformWithReplacementSampler):
         in_use: number and size of the draw whose records the user has been given last; None where nobody says. The
             size is None where workers fetch ahead.
         drawn_on_demand: draws are made when they are asked for, not ahead.
+        data: the data set whose records these are; the sampler itself unless somebody says.
     """
 
     _numbers = count()  # unlike an id, none comes again when a sampler is gone
@@ -100,6 +101,7 @@ class PoissonSampler(UniformWithReplacementSampler):
         self, stream: Stream, *, dataset_size: int, sample_rate: float, steps: int, share: tuple[int, int] = (0, 1)
     ) -> None:
         self.number = next(self._numbers)
+        self.data: object = self
         self.stream = stream
         self.share = share
         self.num_samples = len(range(share[0], dataset_size, share[1]))
