@@ -389,7 +389,9 @@ def test_what_fused_mode_does_not_have_is_refused():
         privatize(small_model(), OPTIMIZERS["sgd"], clipping="by hand")
     with pytest.raises(TypeError, match="no option 'clip_harder'"):
         privatize(small_model(), OPTIMIZERS["sgd"], clip_harder=True)
-    with pytest.raises(TypeError, match="no option 'stability' with clipping='flat'"):
+    with pytest.raises(TypeError, match="'physical_batchsize' .* did you mean 'physical_batch_size'"):
+        privatize(small_model(), OPTIMIZERS["sgd"], physical_batchsize=8)
+    with pytest.raises(TypeError, match="no option 'stability' with clipping='flat': leave it out"):
         privatize(small_model(), OPTIMIZERS["sgd"], stability=0.1)
     with pytest.raises(TypeError, match="loss_reduction"):  # a mean that is called a sum would break the bound
         PrivacyEngine().privatize(  # type: ignore[call-arg]

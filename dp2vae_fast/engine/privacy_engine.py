@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -30,6 +31,21 @@ from .module import FusedGradSampleHooks, FusedGradSampleModule
 from .optimizer import DPOptimizer
 
 FUSED = "fused"
+_OPTIONS = (  # of mode "fused", beside the parameters of make_private
+    "rows_per_record",
+    "verify_first_step",
+    "plan",
+    "max_memory_overhead",
+    "materialize_grad",
+    "sum_dtype",
+    "count_rounding",
+    "stability",
+    "target_unclipped_quantile",
+    "clipbound_learning_rate",
+    "min_clipbound",
+    "max_clipbound",
+    "unclipped_num_std",
+)
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
@@ -407,7 +423,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
         names = {p: capture.name_of(p) for p in trainable}
         kwargs["clipping"], kwargs["max_grad_norm"] = clipping_of(kwargs, names, keystream)
         if unknown := kwargs.keys() - signature(DPOptimizer).parameters.keys():
-            raise TypeError(f"make_private has no option {min(unknown)!r} with clipping={mode!r}: leave it out")
+            name, options = min(unknown), [*_OPTIONS, *signature(self.make_private).parameters]
+            near = [] if name in options else get_close_matches(name, options, n=1)
+            way_out = f"did you mean {near[0]!r}?" if near else "leave it out"
+            raise TypeError(f"make_private has no option {name!r} with clipping={mode!r}: {way_out}")
         return kind(optimizer, capture=capture, stream=keystream.stream("DP-SGD"), **kwargs)
 
     @staticmethod
