@@ -389,7 +389,7 @@ def test_what_fused_mode_does_not_have_is_refused():
         privatize(small_model(), OPTIMIZERS["sgd"], clipping="by hand")
     with pytest.raises(TypeError, match="no option 'clip_harder'"):
         privatize(small_model(), OPTIMIZERS["sgd"], clip_harder=True)
-    with pytest.raises(TypeError, match="'physical_batchsize' .* did you mean 'physical_batch_size'"):
+    with pytest.raises(TypeError, match=r"'physical_batchsize' .* did you mean 'physical_batch_size'"):
         privatize(small_model(), OPTIMIZERS["sgd"], physical_batchsize=8)
     with pytest.raises(TypeError, match="no option 'stability' with clipping='flat': leave it out"):
         privatize(small_model(), OPTIMIZERS["sgd"], stability=0.1)
@@ -741,6 +741,29 @@ def test_physical_batches_add_up_to_the_logical_one(reduction: str):
         results.append([p.detach().clone() for p in model.parameters()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("merged", ["accumulated", "skipped", "split"])
+def test_shuffled_batches_that_are_merged_count_as_large_as_they_are(merged: str):
+    model, engine = small_model(torch.float32), PrivacyEngine()
+    model, optimizer, batches = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=loader(30, 8),  # the last one smaller
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+    )
+    for number, (batch,) in enumerate(batches):
+        for part in batch.split(4) if merged == "split" else [batch]:
+            whole = torch.equal(part[-1], batch[-1])
+            record_loss(model(part)).mean().backward()
+            if merged != "accumulated":
+                optimizer.signal_skip_step(do_skip=number % 2 == 0 or not whole)
+            if merged != "accumulated" or number % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert engine.accountant.history == [(1.0, 2 / 4, 2)]
 
 
 def test_the_batch_memory_manager_splits_batches():

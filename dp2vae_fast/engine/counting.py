@@ -81,13 +81,17 @@ class StepCounter:
         self._latest.clear()
         self._older.clear()
 
-    def hook(self, sample_rate: float) -> Callable[[Any], None]:
-        """Step hook of an optimizer whose batches are drawn with ``sample_rate``."""
+    def hook(self, sample_rate: float, batch_size: int | None = None) -> Callable[[Any], None]:
+        """Step hook of an optimizer whose batches are drawn with ``sample_rate``; of ``batch_size`` records at most,
+        where steps that are skipped may have merged several."""
 
         def count(optimizer: Any) -> None:
             accountant, origins = self._accountant(), set(optimizer.origins)
+            merged = optimizer.accumulated_iterations
+            if batch_size is not None:
+                merged = max(merged, math.ceil(optimizer.pending.records / batch_size))
             # Numbers of this moment: a tensor would go on changing in the history.
-            z, rate = float(optimizer.noise_multiplier), min(1.0, float(sample_rate) * optimizer.accumulated_iterations)
+            z, rate = float(optimizer.noise_multiplier), min(1.0, float(sample_rate) * merged)
             drawn = [s.sample_rate for s in self.samplers if any(o[:2] == ("draw", s.number) for o in origins)]
             rate = max([rate, *drawn])
             before = list(accountant.history)

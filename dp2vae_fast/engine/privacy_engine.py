@@ -183,15 +183,15 @@ class PrivacyEngine(opacus.PrivacyEngine):
             self._loader_options = {}
         _, private_optimizer, loader = parts
         private_optimizer.fetches_ahead = loader.num_workers > 0
-        rate = 1 / len(loader)
+        rate, batch_size = 1 / len(loader), None
         if isinstance(loader, PoissonDataLoader):
             rate = loader.sample_rate
             self._join(private_optimizer, loader)
         else:  # Opacus takes int(N * (1 / batches)), which is one too low for many N
             private_optimizer.expected_batch_size = len(loader.dataset) // len(loader)
-            private_optimizer.largest_batch = loader.batch_size or len(loader.dataset)
+            private_optimizer.largest_batch = batch_size = loader.batch_size or len(loader.dataset)
         private_optimizer.step_hook = None  # Opacus', with Opacus' rate
-        private_optimizer.attach_step_hook(self._counter.hook(rate))
+        private_optimizer.attach_step_hook(self._counter.hook(rate, batch_size))
         return parts
 
     def make_private_with_epsilon(
