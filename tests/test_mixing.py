@@ -1,4 +1,4 @@
-"""Records that are mixed where no gradient passes: seen by what two of them get without the others."""
+"""Records that are mixed where no gradient passes: seen by what they get when the others are changed, or gone."""
 
 from __future__ import annotations
 
@@ -72,6 +72,81 @@ def test_what_mixes_records_without_a_gradient_is_refused(where: tuple[str, str]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+class Quantised(nn.Module):
+    """Per-tensor dynamic quantisation, straight through."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.levels = 2 ** (bits - 1) - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.detach().abs().max() / self.levels
+        return x + (torch.round(x / scale) * scale - x).detach()
+
+
+@pytest.mark.parametrize("records", [2, 3, 40])
+@pytest.mark.parametrize("bits", [9, 12, 17])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_scale_of_the_batch_that_moves_outputs_by_little(bits: int, dropout: float, records: int):
+    quantised = nn.Sequential(
+        nn.Linear(4, 32), nn.Dropout(dropout), nn.ReLU(), Quantised(bits), nn.Linear(32, 3), nn.Dropout(dropout)
+    )
+    with pytest.raises(NotImplementedError, match="the same record when others in the batch are changed"):
+        step(quantised, torch.randn(records, 4))
+
+
+@pytest.mark.parametrize("bits", [9, 12])
+def test_inputs_that_must_stay_in_their_range(bits: int):
+    """Probabilities that are drawn from, times that become indices, whole numbers that are categories."""
+
+    class Ranges(nn.Module):
+        def __init__(self, change: nn.Module) -> None:
+            super().__init__()
+            self.table, self.linear, self.change = nn.Embedding(10, 4), nn.Linear(5, 3), change
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, images: Tensor, times: Tensor, columns: Tensor) -> Tensor:
+            drawn = torch.bernoulli(images) * torch.arange(10.0)[(10 * times).long()][:, None]
+            taken.append(columns[:, 0])
+            h = self.linear(torch.cat([columns[:, 1:], drawn + self.table(columns[:, 0].long())], 1))
+            return self.head(self.change(h))
+
+    taken: list[Tensor] = []
+    inputs = torch.rand(40, 4), torch.rand(40), torch.cat([torch.arange(40.0)[:, None] % 10, torch.randn(40, 1)], 1)
+    step(Ranges(nn.Identity()), *inputs)
+    assert all(set(x.tolist()) <= set(range(10)) for x in taken) and len(taken) == 4
+    with pytest.raises(NotImplementedError, match="mixes records"):
+        step(Ranges(Quantised(bits)), *inputs)
+
+
+def test_a_model_that_refuses_what_is_far_off_is_shown_other_records():
+    def only_small(h: Tensor) -> Tensor:
+        if h.abs().max() > 100:
+            raise ValueError("too large")
+        return h
+
+    step(Between(only_small), torch.randn(40, 4))
+    with pytest.raises(NotImplementedError, match="mixes records"):
+        step(Between(lambda x: FIRST["scaled by the largest"](only_small(x))), torch.randn(40, 4))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_numbers_of_which_a_record_draws_as_many_as_its_values_ask_for(seed: int):
+    torch.manual_seed(seed)
+    gamma = Between(between=lambda h: h * torch.distributions.Gamma(h.exp(), 1.0, validate_args=False).sample())
+    step(gamma, torch.randn(40, 4))
+
+
+def test_a_division_by_the_size_of_the_batch():
+    with pytest.raises(NotImplementedError, match="for two records alone"):
+        step(Between(lambda x: x / len(x)), torch.randn(40, 4))
+
+
+def test_an_input_as_long_as_the_batch_is_taken_for_records():
+    with pytest.raises(NotImplementedError, match="a mask of positions, looks the same: make it a buffer"):
+        step(_how(Among()), torch.randn(7, 4), torch.randn(4), [torch.randn(7, 3)])
+
+
 @pytest.mark.parametrize("rows", [2, 20])
 def test_records_of_several_rows(rows: int):
     inputs = torch.randn(6 * rows, 4)
@@ -135,7 +210,6 @@ def no_reason() -> dict[str, Callable[[], Capture]]:
         "one output for all": lambda: step(Between(between=lambda h: 0 * h), x),
         "padded to the longest": lambda: step(Padded(), torch.randn(8, 9, 4), torch.arange(1, 9)),
         "a constant among the inputs": lambda: step(_how(among), x, torch.randn(4), [torch.randn(7, 3)]),
-        "a table as long as the batch": lambda: step(_how(among), x[:7], torch.randn(4), [torch.randn(7, 3)]),
     }
 
 

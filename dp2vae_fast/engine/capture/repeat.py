@@ -1,11 +1,9 @@
-"""Outermost calls of the model that can be run again: autograd's gradients of a second run, and what records get that
-are run alone."""
+"""Outermost calls of the model that can be run again, and autograd's gradients of a second run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from ..precision import autocast_as
 
 _SAME = {torch.float64: 1e-8, torch.float32: 1e-4}  # how equal a second run must be, and otherwise 1e-2
-_KNOWN_BY = 64  # rows of an output that a second run must give again
-# How far outputs of records alone may be from those in the batch: a part of what tells records apart and one of the
-# whole, for products of other shapes round otherwise (as TF32 and the plain ones do), and deep models carry that on.
-# Half of what statistics of a batch are is gone with all but two records.
-_ALONE = {torch.float64: (1e-6, 1e-9), torch.float32: (1e-2, 1e-3)}
-_COARSE = (0.1, 1e-2)
+KNOWN_BY = 64  # rows of an output that a second run must give again
 
 
 @dataclass
@@ -38,6 +31,8 @@ class Call:
     outputs: list[Tensor] = field(default_factory=list)  # the first rows of them, to know them again
     backprops: list[Tensor] = field(default_factory=list)
     draws: bool = False  # random numbers
+    again: list[Tensor] = field(default_factory=list)  # the outputs of a second run
+    drawn: dict[torch.device, Tensor] = field(default_factory=dict)  # the state of random numbers after it
 
 
 class CannotRepeat(Exception):
@@ -49,13 +44,18 @@ class Repeats:
 
     Args:
         axis: where inputs and outputs have the batch.
+
+    Attributes:
+        drawn: the state of random numbers after the last run.
+        choice: of records to look at.
     """
 
     def __init__(self, axis: int) -> None:
         self.axis = axis
         self._repeating: Call | None = None
         self._repeated: list[Any] = []
-        self._choice = torch.Generator().manual_seed(0)
+        self.drawn: dict[torch.device, Tensor] = {}
+        self.choice = torch.Generator().manual_seed(0)
 
     def remember(
         self, module: nn.Module, args: tuple, kwargs: dict, trainable: set[Tensor], autocast: torch.dtype | None
@@ -71,7 +71,7 @@ class Repeats:
         call.shapes = [x.shape for x in outputs]
         call.outputs = [self._first_rows(x.detach()).clone() for x in outputs]
         now = _random_states(device_of((call.args, call.kwargs)))
-        call.draws = not all(torch.equal(now[device], state) for device, state in call.random.items())
+        call.draws = not same_states(call.random, now)
 
     def note(self, module: nn.Module, output: Any) -> None:
         """While a call is run again: a container returned ``output``; hooks that came later may still change it."""
@@ -98,54 +98,7 @@ class Repeats:
         gradients = dict(zip(used, found, strict=True))
         return [gradients.get(p) for p in parameters]
 
-    def mixes(self, call: Call, records: int, rows_per_record: int) -> bool:
-        """Whether records get other outputs two at a time than they got among all ``records`` of the call.
-
-        False where nobody can tell: the call draws random numbers, its inputs cannot be cut, or there are too few
-        records among the rows that its outputs are known by.
-        """
-        known = min(records, _KNOWN_BY // rows_per_record)
-        many = min(2, known // 2)
-        if call.draws or many * rows_per_record < 2:  # a single row would fit whatever it is added to
-            return False
-        chosen = torch.randperm(known, generator=self._choice).tolist()
-        parts = [sorted(chosen[:many]), sorted(chosen[many : 2 * many])]
-
-        def rows_of(part: list[int], x: Any, rows: int) -> Tensor:
-            each = rows // records
-            place = torch.tensor([record * each + i for record in part for i in range(each)], device=x.device)
-            return x.detach().index_select(self.axis, place)
-
-        def has_rows(shape: torch.Size) -> bool:
-            return len(shape) > self.axis and shape[self.axis] in (records, records * rows_per_record)
-
-        def cut(part: list[int], x: Any) -> Any:
-            if not isinstance(x, Tensor) or not has_rows(x.shape):
-                return x
-            return rows_of(part, x, x.shape[self.axis]).requires_grad_(x.requires_grad)
-
-        try:
-            with torch.random.fork_rng([d for d in call.random if d.type != "cpu"]):
-                runs = [self._run(call, tree_map(partial(cut, part), (call.args, call.kwargs))) for part in parts]
-        except CannotRepeat:
-            return False
-        coarse = call.autocast or any(x.dtype not in _ALONE for x in (*call.outputs, *call.trainable))
-        for alone, before, shape in zip(zip(*runs, strict=True), call.outputs, call.shapes, strict=True):
-            if not has_rows(shape) or before.is_complex():
-                continue
-            together = [rows_of(part, before, shape[self.axis]) for part in parts]
-            if all(a.shape == b.shape for a, b in zip(alone, together, strict=True)):
-                share, floor = _COARSE if coarse else _ALONE[before.dtype]
-                a, b = (
-                    torch.cat([x.detach().nan_to_num(0, 0, 0).double() for x in xs], self.axis)
-                    for xs in (alone, together)
-                )
-                between = b - b.mean(self.axis, keepdim=True)
-                if float((a - b).norm()) > share * float(between.norm()) + floor * float(b.norm()):
-                    return True
-        return False
-
-    def _run(self, call: Call, inputs: tuple[tuple, dict]) -> list[Tensor]:
+    def run(self, call: Call, inputs: tuple[tuple, dict]) -> list[Tensor]:
         """The tapped outputs of a run on ``inputs``, with their graph.
 
         Raises:
@@ -158,6 +111,7 @@ class Repeats:
             with torch.enable_grad(), autocast_as(device_of(inputs).type, call.autocast):
                 args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
                 call.module(*args, **kwargs)
+            self.drawn = _random_states(device_of(inputs))
             outputs = [x for i, x in enumerate(self._repeated) if i in call.tapped and isinstance(x, Tensor)]
         except Exception as error:
             raise CannotRepeat(f"a second run of {name} raises {error!r}") from error
@@ -173,7 +127,7 @@ class Repeats:
         Raises:
             CannotRepeat: they are not those of the first.
         """
-        outputs = self._run(call, (call.args, call.kwargs))
+        outputs = self.run(call, (call.args, call.kwargs))
         for again, shape, before in zip(outputs, call.shapes, call.outputs, strict=True):
             size = float(before.abs().max()) if before.numel() else 0.0
             same = 1e-2 if call.autocast else _SAME.get(before.dtype, 1e-2)
@@ -185,6 +139,7 @@ class Repeats:
                     f"a second run of {type(call.module).__name__} on the same inputs, from the same state of "
                     "PyTorch's random numbers, gives something else"
                 )
+        call.again, call.drawn = [x.detach() for x in outputs], self.drawn
         return outputs
 
     def _weighted(self, x: Tensor, weights: Tensor) -> Tensor:
@@ -192,7 +147,7 @@ class Repeats:
         return x * rows.reshape(*[1] * self.axis, -1, *[1] * (x.dim() - self.axis - 1))
 
     def _first_rows(self, x: Tensor) -> Tensor:
-        return x.narrow(self.axis, 0, min(_KNOWN_BY, x.shape[self.axis])) if x.dim() > self.axis else x
+        return x.narrow(self.axis, 0, min(KNOWN_BY, x.shape[self.axis])) if x.dim() > self.axis else x
 
 
 def device_of(inputs: Any) -> torch.device:
@@ -243,6 +198,11 @@ def _random_states(device: torch.device) -> dict[torch.device, Tensor]:
     if device.type == "cuda":
         states[device] = torch.cuda.get_rng_state(device)
     return states
+
+
+def same_states(before: dict[torch.device, Tensor], after: dict[torch.device, Tensor]) -> bool:
+    """Whether no random number was drawn between the two."""
+    return all(torch.equal(after[device], state) for device, state in before.items())
 
 
 def _set_random_states(states: dict[torch.device, Tensor]) -> None:

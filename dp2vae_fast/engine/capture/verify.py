@@ -4,7 +4,8 @@ Hooks see what layers are called with; they cannot see what else a model does. S
 the hooks at rest and the same random numbers, and differentiated by autograd with the rows of the output's gradient
 weighted by random numbers, one a record. The same numbers weight the captured gradients. Where rows change places
 inside the model, a layer works on something else than records, or records are mixed, the two differ. What mixes records
-without a gradient (a batch's mean taken from the inputs) is seen by its outputs: two records alone must get the same.
+without a gradient (a batch's mean taken from the inputs) is seen by its outputs, when others are changed
+(:mod:`.mixing`).
 
 A batch of few records, or one that leaves a parameter without a gradient (a last layer that starts at zero), proves
 little; then the next is checked too.
@@ -29,6 +30,7 @@ from torch.utils._pytree import tree_flatten
 
 from ..gradients.gradient import Gradient
 from ..precision import autocast_dtype
+from .mixing import what_mixes
 from .repeat import Call, CannotRepeat, Repeats, device_of
 from .tap import Taps
 
@@ -252,12 +254,12 @@ class FirstBatch:
             if captured.size > floor * whole:
                 self.proved.add(p)
         for call in weighed.calls:
-            if self.repeats.mixes(call, weighed.records, weighed.rows_per_record):
+            if mixed := what_mixes(self.repeats, call, weighed.records, weighed.rows_per_record):
                 self._refused = (
-                    f"the model mixes records: {type(call.module).__name__} returns something else for two records "
-                    "alone than for the same two in the batch. Let every record's output depend on that record alone: "
-                    "normalise by public constants, or within a record (GroupNorm, LayerNorm). (An input as long as "
-                    "the batch that holds no records looks the same: make it a buffer)"
+                    f"the model mixes records: {type(call.module).__name__} returns {mixed}. Let every record's "
+                    "output depend on that record alone: normalise by public constants, or within a record "
+                    "(GroupNorm, LayerNorm). (An input as long as the batch that holds no records, a mask of "
+                    "positions, looks the same: make it a buffer)"
                 )
                 raise NotImplementedError(self._refused)
         self._attempts += 1
