@@ -1,4 +1,5 @@
-"""What a model remembers beside what the optimizer releases: no call in training mode may change it."""
+"""What a model remembers beside what the optimizer releases: no call in training mode may change it, nor anybody until
+the step."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from loops import privatize
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dp2vae_fast import PrivacyEngine
 from dp2vae_fast.engine.capture.capture import Capture
 
 Update = Callable[["Remembers", Tensor], None]
@@ -98,6 +100,107 @@ def test_updates_that_begin_later_are_refused_while_the_check_waits_and_afterwar
     begun = True
     with pytest.raises(NotImplementedError, match="buffer 'mean'"):
         model(torch.randn(40, 4))
+
+
+class Plain(nn.Module):
+    """Two layers, a buffer that others write, and a hook on what is between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.later = nn.Linear(4, 4), nn.Linear(4, 2), None
+        self.register_buffer("most", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.later is not None:
+            h.register_hook(lambda gradient: self.later(x))
+        return self.second(h)
+
+
+def root_hook_before(m: Plain, write: Callable[[Tensor], None]) -> None:
+    m.register_forward_pre_hook(lambda _, args: write(args[0]))
+
+
+def root_hook_after(m: Plain, write: Callable[[Tensor], None]) -> None:
+    m.register_forward_hook(lambda _, args, output: write(args[0]))
+
+
+def in_the_backward_pass(m: Plain, write: Callable[[Tensor], None]) -> None:
+    m.later = write
+
+
+def full_backward_hook(m: Plain, write: Callable[[Tensor], None]) -> None:
+    m.first.register_full_backward_hook(lambda _, before, after: write(after[0]))
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+@pytest.mark.parametrize(("by_data", "proved"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("place", [root_hook_before, root_hook_after, in_the_backward_pass, full_backward_hook])
+def test_hooks_that_remember_records(place: Callable, by_data: bool, proved: bool):
+    def write(x: Tensor) -> None:
+        if begun:
+            (model.most.data if by_data else model.most).copy_(x.detach().amax(0))
+
+    model, begun = Plain(), not proved
+    if place is root_hook_before:
+        place(model, write)
+    private, optimizer = privatize(model, noise_multiplier=1.0, expected_batch_size=40)
+    if place is not root_hook_before:
+        place(model, write)
+    for _ in range(3 * proved):
+        record_loss(private(torch.randn(40, 4))).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    begun, before = True, model.first.weight.detach().clone()
+    with pytest.raises(NotImplementedError, match=r"buffer 'most'.*without noise.* after step\(\)$"):
+        record_loss(private(torch.randn(40, 4))).sum().backward()
+        optimizer.step()
+    assert torch.equal(before, model.first.weight) and not optimizer.capture.holds(optimizer.params)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_part_does_not_hide_what_the_backward_pass_changed_before(reentrant: bool):
+    def write(x: Tensor) -> None:
+        tail.most.copy_(x.detach().amax(0))
+
+    body, tail = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), Plain()
+    model = nn.ModuleDict({"body": body, "tail": tail})
+    tail.later = write
+    _, optimizer = privatize(model)
+    h = checkpoint(body, torch.randn(8, 4).requires_grad_(), use_reentrant=reentrant)
+    record_loss(tail(h)).sum().backward()
+    with pytest.raises(NotImplementedError, match="buffer 'most'"):
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("error")
+def test_several_optimizers_averages_and_buffers_that_change_after_a_step():
+    model = nn.ModuleDict({"one": Plain(), "other": Plain(), "average": Plain().requires_grad_(False)})
+    engine = PrivacyEngine()
+    private, optimizers = model, []
+    for part in ("one", "other"):
+        optimizer = torch.optim.SGD(model[part].parameters(), lr=0.1)
+        private, optimizer = privatize(private, optimizer, engine=engine, expected_batch_size=40)
+        optimizers.append(optimizer)
+
+    def after_a_step() -> None:
+        for average, p in zip(model["average"].parameters(), model["one"].parameters(), strict=True):
+            average.data.lerp_(p.data, 0.1)
+            average.mul_(0.9)
+        model["one"].most.add_(1.0)
+
+    for _ in range(6):
+        (
+            record_loss(model["one"](torch.randn(40, 4))) + record_loss(model["other"](torch.randn(40, 4)))
+        ).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            after_a_step()
+        model["one"](torch.randn(40, 4)).sum().backward()
+        for optimizer in optimizers:
+            optimizer.zero_grad()  # and no step
+        after_a_step()
+    assert not optimizers[0].capture.first_batch.waiting
 
 
 @pytest.mark.parametrize("part", ["bare", "linear"])

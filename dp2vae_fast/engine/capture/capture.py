@@ -10,7 +10,7 @@ What the taps cannot see must not pass in silence:
 * a layer without a rule keeps parameters that autograd differentiates, and the two totals must agree;
 * the rows of every layer are counted against the inputs of the outermost call, so that positions or copies folded
   into the batch axis are not taken for records of their own;
-* no call in training mode may change a buffer or a parameter;
+* no call in training mode may change a buffer or a parameter, nor anybody until its gradients are taken;
 * the first batch's gradients are checked against autograd's own.
 
 :mod:`.guards` and :mod:`.verify` hold these checks.
@@ -168,7 +168,14 @@ class Capture:
 
         Raises:
             RuntimeError: what they are made from has been overwritten since the backward pass.
+            NotImplementedError: a buffer or a parameter was changed since the forward.
         """
+        if self.book.records is not None:
+            try:
+                self.memory.compare_since()
+            except NotImplementedError:
+                self.drop(parameters)
+                raise
         changed = self.book.overwritten()
         if self.taps.lost():
             self.drop(parameters)
@@ -228,6 +235,7 @@ class Capture:
         """Forget what was captured."""
         self.book.clear()
         self.taps.lost()  # and begins to count anew
+        self.memory.forget()
         self.first_batch.forget()
 
     def remove(self) -> None:

@@ -47,13 +47,15 @@ class Memory:
     they then remember of the records would be released without noise.
 
     Versions and addresses tell most changes; an update by way of ``.data`` leaves them, so the first calls are watched
-    by values too.
+    by values too. From a call's end until gradients are taken, nothing may change either: hooks on the root that come
+    after the capture's own, and hooks in the backward pass, see records too.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._layers = dict(module.named_modules())
         self._own = [(name, own) for name, m in self._layers.items() for own in (m._buffers, m._parameters)]
         self._looks = 0
+        self._since: Look | None = None  # the end of the last call, until gradients are taken
 
     def look(self, *, closely: bool) -> Look | None:
         """What there is when a call begins, for :meth:`compare`; ``closely`` by values. None in eval mode."""
@@ -63,7 +65,7 @@ class Memory:
         return self._look(closely or self._looks <= _LOOKED_AT_CLOSELY)
 
     def compare(self, before: Look | None) -> None:
-        """What there was ``before`` must be there, unchanged, and nothing else.
+        """What there was ``before`` a call must be there when it ends, unchanged, and nothing else.
 
         Raises:
             NotImplementedError: a buffer or parameter was changed, added or taken away.
@@ -71,16 +73,41 @@ class Memory:
         if before is None:
             return
         now = self._look(before.values is not None)
-        if now[:2] == before[:2] and all(map(_equal, now.values or (), before.values or ())):
+        if (changed := _changed(before, now)) is None:
+            # Not after a checkpoint's recomputation: what the backward pass has changed so far would be forgotten.
+            if self._since is None or torch._C._current_graph_task_id() == -1:
+                self._since = now
             return
-        seen, found = before.by_place(), now.by_place()
-        name, key = next(place for place in {**seen, **found} if not _same(seen.get(place), found.get(place)))
-        kind = "buffer" if key in self._layers[name]._buffers else "parameter"
+        layer, named = self._describe(*changed)
         raise NotImplementedError(
-            f"layer {name!r} ({type(self._layers[name]).__name__}) updates its {kind} {key!r} in training "
-            "mode: what it remembers of the records would be released without noise. Put what updates it in "
-            "eval mode or, where records have no part in it, update it between calls of the model"
+            f"layer {layer} updates its {named} in training mode: what it remembers of the records would be released "
+            "without noise. Put what updates it in eval mode or, where records have no part in it, update it after "
+            "step()"
         )
+
+    def compare_since(self) -> None:
+        """What there was when the last call ended must be there when the first gradients are taken.
+
+        Raises:
+            NotImplementedError: a buffer or parameter was changed, added or taken away.
+        """
+        before, self._since = self._since, None
+        if before is None or (changed := _changed(before, self._look(before.values is not None))) is None:
+            return
+        layer, named = self._describe(*changed)
+        raise NotImplementedError(
+            f"the {named} of layer {layer} was changed between the model's forward and the step (by a hook?): what it "
+            "remembers of the records would be released without noise. Where records have no part in it, update it "
+            "after step()"
+        )
+
+    def forget(self) -> None:
+        """No gradients of the last call will be taken."""
+        self._since = None
+
+    def _describe(self, name: str, key: str) -> tuple[str, str]:
+        layer = self._layers[name]
+        return f"{name!r} ({type(layer).__name__})", f"{'buffer' if key in layer._buffers else 'parameter'} {key!r}"
 
     def _look(self, closely: bool) -> Look:
         there = [(name, key, x) for name, own in self._own for key, x in own.items() if x is not None]
@@ -91,6 +118,14 @@ class Memory:
             marks = [_mark(x) for x in tensors]
         values = [_some_values(x) if _has_values(x) else None for x in tensors] if closely else None
         return Look([(name, key) for name, key, _ in there], marks, values)
+
+
+def _changed(before: Look, now: Look) -> tuple[str, str] | None:
+    """Where the two are not the same."""
+    if now[:2] == before[:2] and all(map(_equal, now.values or (), before.values or ())):
+        return None
+    seen, found = before.by_place(), now.by_place()
+    return next(place for place in {**seen, **found} if not _same(seen.get(place), found.get(place)))
 
 
 def _same(one: tuple[Any, Tensor | None] | None, other: tuple[Any, Tensor | None] | None) -> bool:

@@ -54,7 +54,7 @@ class Hooks:
         whole = module is capture.module or next(module.children(), None) is not None
         if whole or (module._buffers and not self.keys):
             self._handles += [
-                module.register_forward_pre_hook(self._open, with_kwargs=True),
+                module.register_forward_pre_hook(self._open, prepend=True, with_kwargs=True),
                 module.register_forward_hook(self._close, always_call=True),
             ]
         if self.keys:
