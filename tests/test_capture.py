@@ -85,6 +85,13 @@ def test_functional_tying_is_refused():
     assert model.embedding.weight.grad is None
 
 
+def test_a_backward_pass_in_eval_mode_is_told_to_train():
+    model = nn.Linear(3, 2)
+    Capture(model)
+    with pytest.raises(NotImplementedError, match=r"Call the layer itself, after model\.train\(\), "):
+        model.eval()(torch.randn(4, 3)).sum().backward()
+
+
 def test_a_weight_penalty_is_refused():
     model = nn.Linear(3, 2)
     Capture(model)
@@ -250,7 +257,9 @@ def test_inputs_without_a_batch_axis_are_refused():
 
     model = Mixed()
     Capture(model)
-    with pytest.raises(ValueError, match="batch as its first axis"):
+    with pytest.raises(
+        ValueError, match=r"^layer 'b' returns \(1, 4\): expected 5 rows along the first axis, one per re"
+    ):
         model(torch.randn(5, 4)).sum().backward()
 
 
@@ -282,7 +291,7 @@ def test_positions_or_copies_folded_into_the_batch_are_not_records():
     for fold in (lambda x: x.flatten(0, 1), lambda x: torch.cat([x, x + 1]), lambda x: x[:1]):
         model = nn.Sequential(Folded(fold))
         Capture(model)
-        with pytest.raises(ValueError, match="batch as its first axis"):
+        with pytest.raises(ValueError, match=r"expected 5 rows along the first axis, one per record$"):
             model(torch.randn(5, 6, 4))
     # Rows of one record side by side are what rows_per_record says, whoever repeats them.
     for inputs in (torch.randn(5, 4), torch.randn(10, 4)):
@@ -290,6 +299,47 @@ def test_positions_or_copies_folded_into_the_batch_are_not_records():
         capture = Capture(model, rows_per_record=2)
         model(inputs, step=3).sum().backward()
         assert capture.records == 5
+
+
+class Positions(nn.Module):
+    """Tokens and their positions, looked up once for all records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(9, 4), nn.Embedding(9, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+
+
+def test_what_to_do_about_a_wrong_number_of_rows_is_said():
+    cases = [
+        (
+            Positions(),
+            torch.randint(9, (5, 6)),
+            {},
+            r"one per record. There is one per position: .*arange\(T\).expand\(N, T\)",
+        ),
+        (Turned(), torch.randn(5, 6, 4), {}, "one per record. The second axis has them: see to batch_first"),
+        (Turned(), torch.randn(6, 5, 4), dict(batch_first=False), "second axis, one per record. The first axis has"),
+        (Turned(), torch.randn(7, 6, 4), dict(rows_per_record=2), "expected 7 or 14 rows .*, with rows_per_record = 2"),
+    ]
+    for model, inputs, settings, message in cases:
+        Capture(model, **settings)
+        with pytest.raises(ValueError, match=message) as refused:
+            model(inputs)
+        assert "\n" not in str(refused.value)
+
+
+class Turned(nn.Module):
+    """Calls its layer with the batch as second axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.transpose(0, 1))
 
 
 def test_a_layer_that_adds_up_the_batch_is_refused():
@@ -303,7 +353,7 @@ def test_a_layer_that_adds_up_the_batch_is_refused():
 
     model = Loss()
     Capture(model)
-    with pytest.raises(ValueError, match="batch as its first axis"):
+    with pytest.raises(ValueError, match=r"expected 5 rows along the first axis, one per record$"):
         model(torch.randn(5, 4))
 
 

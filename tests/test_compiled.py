@@ -286,7 +286,7 @@ def test_a_right_first_batch_is_proved():
 def test_positions_in_the_batch_axis_are_refused():
     model = Between(lambda h: h.reshape(-1, 6)).to(D)
     Capture(model)
-    with pytest.raises(ValueError, match="every layer must have the batch as its first axis"):
+    with pytest.raises(ValueError, match="expected 5 rows along the first axis"):
         compiled(model)[0](x(5, 2, 6)).sum().backward()
 
 

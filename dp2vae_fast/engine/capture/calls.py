@@ -16,7 +16,7 @@ from .verify import FirstBatch
 
 
 class Calls:
-    """Follows calls of a module and its parts; of an outermost one it counts the rows, sees that it changes no memory,
+    """Follows calls of a module and its parts; of an outermost one it knows the rows, sees that it changes no memory,
     lets the first batch remember it, and puts its beginning and end into a graph that is traced.
 
     Args:
@@ -25,7 +25,7 @@ class Calls:
 
     Attributes:
         outermost: the root or container whose call no other surrounds; None outside it, and in that of a mere layer.
-        sizes: rows of the outermost call's inputs.
+        shapes: of the outermost call's inputs that have rows.
         ticket: of the call that is traced.
         at_rest: the model or a layer is run again, for a check; hooks let it pass.
     """
@@ -44,7 +44,7 @@ class Calls:
         self.memory = memory
         self.trainable = trainable
         self.outermost: nn.Module | None = None
-        self.sizes: set[int] = set()
+        self.shapes: list[torch.Size] = []
         self.ticket: Tensor | None = None
         self.at_rest = False
         self._ticket_of: nn.Module | None = None
@@ -92,7 +92,7 @@ class Calls:
         if self.at_rest:
             return self.first_batch.repeats.note(module, output)
         if self.outermost is None:
-            self.sizes = set()
+            self.shapes = []
             if not torch.compiler.is_compiling():
                 before, self._before = self._before, None
                 self.memory.compare(before)
@@ -105,4 +105,4 @@ class Calls:
 
     def count(self, inputs: Iterable[Any]) -> None:
         """The outermost call is on ``inputs``."""
-        self.sizes = {x.shape[self.axis] for x in inputs if isinstance(x, Tensor) and x.dim() > self.axis}
+        self.shapes = [x.shape for x in inputs if isinstance(x, Tensor) and x.dim() > self.axis]

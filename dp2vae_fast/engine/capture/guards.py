@@ -171,7 +171,7 @@ def refuse_unseen_use(name: str, parameter: Tensor, watching: Callable[[], bool]
         raise NotImplementedError(
             f"parameter {name!r} was used outside its own layer's forward (functional weight tying, a penalty on "
             "weights, a layer in eval mode under gradients): such a use has no per-sample gradient. Call the layer "
-            "itself, use the optimizer's weight_decay, or freeze the parameter"
+            "itself, after model.train(), use the optimizer's weight_decay, or freeze the parameter"
         )
 
     return [parameter.register_hook(note), parameter.register_post_accumulate_grad_hook(refuse)]
@@ -221,17 +221,28 @@ def refuse_untappable(name: str, layer: nn.Module, arguments: tuple[tuple, dict]
         )
 
 
-def check_rows(name: str, outputs: Sequence[Tensor], sizes: set[int], axis: int, rows_per_record: int) -> None:
-    """The rows of a layer's outputs, along ``axis``, must be those of the outermost call's inputs, ``sizes``.
+def check_rows(
+    name: str, outputs: Sequence[Tensor], inputs: Sequence[torch.Size], axis: int, rows_per_record: int
+) -> None:
+    """The rows of a layer's outputs, along ``axis``, must be those of the outermost call's ``inputs``.
 
     Raises:
         ValueError: they are not.
     """
     rows = {x.shape[axis] if x.dim() > axis else None for x in outputs}
-    possible = {size * factor for size in sizes for factor in (1, rows_per_record)}
-    if len(rows) != 1 or None in rows or (possible and not rows & possible):
-        raise ValueError(
-            f"layer {name!r} returns {', '.join(str(tuple(x.shape)) for x in outputs)} in a call on "
-            f"{sorted(sizes)} rows: every layer must have the batch as its "
-            f"{'second' if axis else 'first'} axis, with rows_per_record = {rows_per_record} rows a record"
+    expected = {shape[axis] * factor for shape in inputs for factor in (1, rows_per_record)}
+    if len(rows) == 1 and None not in rows and (not expected or rows & expected):
+        return
+    places = ("first", "second")
+    want = " or ".join(map(str, sorted(expected))) or "as many"
+    found = f"layer {name!r} returns {', '.join(str(tuple(x.shape)) for x in outputs)}: expected {want} rows along the "
+    found += f"{places[axis]} axis, "
+    found += "one per record" if rows_per_record == 1 else f"with rows_per_record = {rows_per_record}"
+    if all(x.dim() > 1 and x.shape[1 - axis] in expected for x in outputs):
+        found += f". The {places[1 - axis]} axis has them: see to batch_first, of the layer or of make_private"
+    elif rows <= {shape[1] for shape in inputs if axis == 0 and len(shape) > 1}:
+        found += (
+            ". There is one per position: give it positions for every record, torch.arange(T).expand(N, T), or let a "
+            "module add a parameter of its own to the records"
         )
+    raise ValueError(found)

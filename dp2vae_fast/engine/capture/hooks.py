@@ -151,7 +151,7 @@ class Hooks:
         calls, capture = self._calls, self._capture
         if calls.ticket is not None:
             return calls.traced.tap(calls.ticket, self.number, list(trainable), first, output)
-        guards.check_rows(self.name, [output], calls.sizes, self._axis, capture.rows_per_record)
+        guards.check_rows(self.name, [output], calls.shapes, self._axis, capture.rows_per_record)
         draws = capture.draws()
 
         def report(saved: tuple[Tensor, ...], backprops: tuple[Tensor, ...]) -> None:
@@ -176,7 +176,7 @@ class Hooks:
         if not tapped:
             return None
         rows = [outputs[i] for i in tapped]
-        guards.check_rows(self.name, rows, self._calls.sizes, self._axis, self._capture.rows_per_record)
+        guards.check_rows(self.name, rows, self._calls.shapes, self._axis, self._capture.rows_per_record)
         draws = self._capture.draws()
         rerun = Rerun(self.name, layer, arguments, totals, kind=rows[0].device.type, axis=self._axis)
 
@@ -199,11 +199,16 @@ class Hooks:
     # In the backward pass --------------------------------------------------------------------------------------------
 
     def record_traced(
-        self, keys: Sequence[str], activations: Tensor, backprops: list[Tensor], sizes: set[int], draws: set[Origin]
+        self,
+        keys: Sequence[str],
+        activations: Tensor,
+        backprops: list[Tensor],
+        inputs: list[torch.Size],
+        draws: set[Origin],
     ) -> None:
-        """One use of the layer in a compiled graph, in an outermost call on ``sizes`` rows and ``draws``."""
+        """One use of the layer in a compiled graph, in an outermost call on ``inputs`` so shaped and ``draws``."""
         assert self.rule is not None
-        guards.check_rows(self.name, backprops, sizes, self._axis, self._capture.rows_per_record)
+        guards.check_rows(self.name, backprops, inputs, self._axis, self._capture.rows_per_record)
         trainable: Any = {key: self.module._parameters[key] for key in keys}
         self._record(self.module, self.rule, trainable, activations, backprops, draws)
 

@@ -59,7 +59,7 @@ _captures: weakref.WeakValueDictionary[int, TracedCalls] = weakref.WeakValueDict
 class _TracedCall:
     """What is known of an outermost call when its backward pass comes."""
 
-    sizes: set[int]
+    inputs: list[torch.Size]
     draws: set[Origin]
     first: Call | None  # to be checked against autograd
     before: guards.Look | None  # until the first report: in a compiled graph buffers change at its end
@@ -161,7 +161,7 @@ class TracedCalls:
                 for call in self._calls.values():
                     call.first = None
         before = capture.memory.look(closely=first_batch.waiting)
-        self._calls[number] = _TracedCall(set(calls.sizes), capture.draws(), first, before)
+        self._calls[number] = _TracedCall(calls.shapes, capture.draws(), first, before)
         while len(self._calls) > _CALLS_KEPT:
             del self._calls[next(iter(self._calls))]
         return number
@@ -182,7 +182,7 @@ class TracedCalls:
         capture.memory.compare(before)
         if layer != _MODEL:
             use = saved[0].clone(), [b.clone() for b in backprops]
-            capture.hooks[layer].record_traced(keys, *use, call.sizes, call.draws)
+            capture.hooks[layer].record_traced(keys, *use, call.inputs, call.draws)
         elif call.first is not None:
             capture.first_batch.arrived(call.first, [b.clone() for b in backprops])
 
