@@ -4,6 +4,7 @@ must be refused."""
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -340,6 +341,24 @@ class Turned(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x.transpose(0, 1))
+
+
+def test_a_bare_parameter_beside_layers_is_said_to_be_slow():
+    class ViT(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pos, self.layer = nn.Parameter(torch.zeros(4)), nn.Linear(4, 3)
+
+    message = "parameter 'pos' belongs to ViT itself, .*: move it into a small module of its own to be fast"
+    with pytest.warns(UserWarning, match=message) as said:
+        Capture(nn.Sequential(ViT(), nn.Linear(3, 2)))
+    assert len(said) == 1
+    model = ViT()
+    model.pos.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Capture(model)
+        Capture(nn.Sequential(nn.PReLU(), nn.Bilinear(2, 2, 2)))  # small, whatever rules there are
 
 
 def test_a_layer_that_adds_up_the_batch_is_refused():

@@ -8,6 +8,7 @@ rule is run again instead (:mod:`.fallback`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,13 @@ class Hooks:
         inner = {p for child in module.children() for p in child.parameters()}  # what is theirs is used there
         self.keys = [key for key, p in module.named_parameters(recurse=False) if p not in inner]
         self.rule = find_rule(module) if self.keys else None
+        own = [key for key in self.keys if (p := module._parameters[key]) is not None and p.requires_grad]
+        if own and inner and self.rule is None:
+            warnings.warn(
+                f"parameter {own[0]!r} belongs to {type(module).__name__} itself, whose forward is then repeated "
+                "record by record: move it into a small module of its own to be fast",
+                stacklevel=2,
+            )
         # Opacus' recurrent layers call their cells step by step, on [N, features], whatever their batch_first.
         self._axis = 0 if capture.batch_first or isinstance(module, RNNLinear) else 1
         self._capture = capture
