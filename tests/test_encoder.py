@@ -1,30 +1,37 @@
 """Stage 1: no encoder with a guarantee may know a record but through an accounted mechanism."""
 
+import shutil
+
+import numpy as np
 import pytest
 import small
 import torch
 
 from dp2vae_fast.config import ConfigError, load_config
-from dp2vae_fast.runs.checkpoint import RunError, load_checkpoint
+from dp2vae_fast.runs.checkpoint import RunError, load_checkpoint, save_checkpoint
 from dp2vae_fast.trainer import Trainer, train_decoder
 from dp2vae_fast.vae.budget import SHARES, plan_budget
-from dp2vae_fast.vae.data import make_image_data
+from dp2vae_fast.vae.data import load_images, make_image_data
 from dp2vae_fast.vae.encoder import MODES, pretrain
 from dp2vae_fast.vae.stage import Stage
 
 PUBLIC = "public"
 
 
+def saved_as(file, data):
+    np.savez(file, images=data.images.numpy(), labels=data.labels.numpy(), num_classes=10)
+    return file
+
+
+def other_digits(first):
+    """A hundred of the digits that small.digits() are no part of, from the given number on."""
+    return load_images("digits").subset(torch.arange(first, first + 100))
+
+
 @pytest.fixture
 def public_file(tmp_path):
     """Public images of the records' shape: other digits than those that are trained on."""
-    import numpy as np
-
-    from dp2vae_fast.vae.data import load_images
-
-    others = load_images("digits").subset(torch.arange(400, 600))
-    np.savez(tmp_path / "public.npz", images=others.images.numpy(), labels=others.labels.numpy(), num_classes=10)
-    return tmp_path / "public.npz"
+    return saved_as(tmp_path / "public.npz", load_images("digits").subset(torch.arange(400, 600)))
 
 
 def with_canary():
@@ -139,11 +146,73 @@ def test_the_data_set_that_the_training_records_are_a_part_of_is_not_public():
         Trainer(config=settings).fit()
 
 
-def test_a_public_data_set_must_fit_and_must_not_be_the_private_one(tmp_path):
-    import numpy as np
+def fitted_on(out, data, **settings):
+    """The stage1.pt of a run on ``data``."""
+    quick = {"steps": 1, "pretrain_steps": 2, "warm_start_steps": 1, "test_fraction": 0}
+    Trainer(data, config=small.config(**quick, **settings), out=out).fit()
+    return out / "curator" / "stage1.pt"
 
+
+def use(file, data):
+    return pretrain(small.stage(data, small.config(encoder="public", public_encoder=str(file))))
+
+
+@pytest.mark.filterwarnings("ignore:encoder = private:UserWarning")
+@pytest.mark.parametrize("first", ["data set", "private", "dp", "without lineage"])
+def test_records_do_not_become_public_on_the_way_through_other_runs(first, tmp_path):
+    """An encoder passed on twice is still derived from all records that any of the runs was given."""
+    secret, one, two = small.digits(), other_digits(300), other_digits(400)
+    if first == "data set":
+        source = saved_as(tmp_path / "secret.npz", secret)
+    else:
+        source = fitted_on(tmp_path / "first", secret, encoder="dp" if first == "dp" else "private")
+    for name, data in (("one", one), ("two", two)):
+        source = fitted_on(tmp_path / name, data, encoder="public", public_encoder=str(source))
+    if first == "without lineage":
+        saved = load_checkpoint(source)
+        assert saved is not None
+        saved["records"] = saved.pop("lineage")
+        save_checkpoint(source, saved)
+        for data in (secret, other_digits(600)):
+            with pytest.raises(RunError, match="does not say which records"):
+                use(source, data)
+        return
+    for data in (secret, one, two, secret.subset(torch.arange(40, 60))):
+        with pytest.raises(RunError, match="derived from them, which are not public"):
+            use(source, data)
+    use(source, other_digits(600))
+
+
+@pytest.mark.parametrize("inside", [".", "curator", "curator/public.npz"])
+def test_pictures_in_the_folder_of_a_run_are_no_public_data_set(inside, tmp_path, public_file):
+    fitted_on(tmp_path / "run", other_digits(300))
+    shutil.copy(public_file, tmp_path / "run" / "curator")
+    with pytest.raises(RunError, match=r"holds a run: name its curator/stage1\.pt"):
+        use(tmp_path / "run" / inside, small.digits())
+
+
+def test_pre_training_goes_on_with_no_other_public_data(tmp_path):
+    """Else the lineage would name the second data set alone."""
+    file, settings = tmp_path / "public.npz", {"encoder": "public", "test_fraction": 0, "checkpoint_every": 1}
+    config = small.config(public_encoder=str(file), pretrain_steps=20, **settings)
+
+    def crash(progress):
+        if (progress.stage, progress.step) == ("pre-training", 11):
+            raise KeyboardInterrupt
+
+    saved_as(file, other_digits(300))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(small.digits(), config=config, out=tmp_path / "run", observer=crash).fit()
+    saved_as(file, other_digits(400))
+    with pytest.raises(RunError, match=r"public\.npz does not hold the images that pre-training began with"):
+        Trainer(small.digits(), config=config, out=tmp_path / "run", resume=True).fit()
+    saved_as(file, other_digits(300))
+    Trainer(small.digits(), config=config, out=tmp_path / "run", resume=True).fit()
+
+
+def test_a_public_data_set_must_fit_and_must_not_be_the_private_one(tmp_path):
     mine = small.digits()
-    np.savez(tmp_path / "same.npz", images=mine.images.numpy(), labels=mine.labels.numpy(), num_classes=10)
+    saved_as(tmp_path / "same.npz", mine)
     np.savez(tmp_path / "large.npz", images=np.zeros((5, 16, 16), np.uint8), labels=np.arange(5) % 2, num_classes=10)
     np.savez(tmp_path / "classes.npz", images=np.zeros((12, 8, 8), np.uint8), labels=np.arange(12))
     for name, message in (

@@ -2,7 +2,8 @@
 
 A mode returns a frozen encoder and the decoder that stage 2 starts from. What it spends goes into the ledger as it is
 spent. An encoder that was fitted to the records without noise voids the guarantee of everything trained on its
-latents, however secret it stays: the gradient of every record then depends on all of them.
+latents, however secret it stays: the gradient of every record then depends on all of them. So ``stage1.pt`` says, as
+its ``lineage``, which records an encoder may know: those of its run, and all that a public source was derived from.
 """
 
 from __future__ import annotations
@@ -35,10 +36,14 @@ Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor | None, Tensor]]
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What stage 1 hands over: a frozen encoder ``(images, labels) -> (mean, log_variance)``, and a first decoder."""
+    """What stage 1 hands over: a frozen encoder ``(images, labels) -> (mean, log_variance)``, and a first decoder.
+
+    ``lineage``: digests of the records that a public source was derived from; they end in ``stage1.pt``.
+    """
 
     encoder: nn.Module
     decoder: Decoder
+    lineage: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ def pretrain(stage: Stage) -> Pretrained:
         {
             "key": stage.keys.number,
             "spec": str(stage.spec),
-            "records": sorted(record_digests(stage.train)),
+            "lineage": sorted(pretrained.lineage | record_digests(stage.train)),
             "encoder": pretrained.encoder.state_dict(),
             "decoder": pretrained.decoder.state_dict(),
             "history": stage.history,
@@ -112,10 +117,12 @@ def _fit_public(stage: Stage) -> Pretrained:
     """An encoder from a checkpoint or a public data set that the user names; the decoder starts at the DP means."""
     source = stage.config.privacy.public_encoder or ""
     if source.endswith(".pt"):
-        encoder = _read_encoder(stage, Path(source))
+        encoder, lineage = _read_encoder(stage, Path(source))
     else:
+        _refuse_run_folder(Path(source).expanduser().resolve())
         data = load_images(source, image_size=stage.config.data.image_size, channels=stage.spec.image_shape[0])
-        _require_public(stage, record_digests(data), source)
+        lineage = frozenset(record_digests(data))
+        _require_public(stage, lineage, source)
         if data.image_shape != stage.spec.image_shape or (
             stage.spec.num_classes and data.num_classes != stage.spec.num_classes
         ):
@@ -125,7 +132,7 @@ def _fit_public(stage: Stage) -> Pretrained:
                 "channels, or train with conditional = false"
             )
         encoder = _fit_without_noise(stage, data)
-    return Pretrained(encoder, _started_at_means(stage))
+    return Pretrained(encoder, _started_at_means(stage), lineage)
 
 
 def _fit_private(stage: Stage) -> Pretrained:
@@ -233,9 +240,29 @@ def _fit_without_noise(stage: Stage, data: ImageData) -> Encoder:
         fetched = losses.fetch(torch.randint(len(data), (size,), generator=noise))
         return losses.compute(vae, *(x.to(stage.device) for x in fetched)).mean()
 
-    parts = {"vae": vae, "draws": GeneratorState(noise)}
+    parts = {"vae": vae, "draws": GeneratorState(noise), "data": _Unchanged(data)}
     stage.run_ordinary("pre-training", stage.config.privacy.pretrain_steps, optimizer, loss, parts=parts)
     return vae.encoder
+
+
+class _Unchanged:
+    """A part of checkpoints by which training goes on with the data that it began with, and with no others.
+
+    Else an encoder would know records that its lineage does not name.
+    """
+
+    def __init__(self, data: ImageData) -> None:
+        self.data = data
+
+    def state_dict(self) -> dict[str, str]:
+        return {"sha256": self.data.sha256}
+
+    def load_state_dict(self, state: dict[str, str], /) -> None:
+        if state["sha256"] != self.data.sha256:
+            raise RunError(
+                f"{self.data.name} does not hold the images that pre-training began with: put them back, or train "
+                "into a new folder"
+            )
 
 
 def _elbo(stage: Stage, data: ImageData, noise: torch.Generator) -> RecordLosses:
@@ -262,27 +289,43 @@ def _fresh(stage: Stage, build: Callable[[ModelSpec], M]) -> M:
         return build(stage.spec).to(stage.device)
 
 
-def _read_encoder(stage: Stage, path: Path) -> Encoder:
-    """The encoder in a ``stage1.pt`` of another run."""
+def _read_encoder(stage: Stage, path: Path) -> tuple[Encoder, frozenset[str]]:
+    """The encoder in a ``stage1.pt`` of another run, and its lineage."""
     saved = load_checkpoint(path)
-    if saved is None or not {"spec", "encoder", "records"} <= set(saved):
+    if saved is None or not {"spec", "encoder"} <= set(saved):
         raise RunError(f"public_encoder {path} is no stage1.pt of a run's curator folder: name one, or a data set")
-    _require_public(stage, set(saved["records"]), str(path))
+    if not saved.get("lineage"):
+        raise RunError(
+            f"public_encoder {path} does not say which records it was derived from, as an older version wrote it: "
+            "fit it anew, or name a data set"
+        )
+    lineage = frozenset(saved["lineage"])
+    _require_public(stage, lineage, str(path))
     encoder = build_encoder(stage.spec)
     try:
         encoder.load_state_dict(saved["encoder"])
     except RuntimeError:
         raise RunError(f"public_encoder {path} was made for {saved['spec']}: use the same model settings") from None
-    return encoder
+    return encoder, lineage
 
 
-def _require_public(stage: Stage, records: set[str], source: str) -> None:
-    """Refuse a source that holds an image of the training records, whichever part of their data set it is."""
-    if records & record_digests(stage.train):
+def _require_public(stage: Stage, lineage: frozenset[str], source: str) -> None:
+    """Refuse a source that holds, or was derived from, an image of the training records, whichever part it is."""
+    if lineage & record_digests(stage.train):
         raise RunError(
-            f'public_encoder {source} holds training records themselves, which are not public: use encoder = "dp", '
-            "or private without an end-to-end guarantee"
+            f"public_encoder {source} holds training records themselves, or was derived from them, which are not "
+            'public: use encoder = "dp", or private without an end-to-end guarantee'
         )
+
+
+def _refuse_run_folder(source: Path) -> None:
+    """Refuse the pictures in the folder of a run, whose lineage is unknown; that of ``curator/stage1.pt`` is not."""
+    for folder in (source, *source.parents):
+        if (folder / "curator" / "run.json").exists():
+            raise RunError(
+                f"public_encoder {source} lies in {folder}, which holds a run: name its curator/stage1.pt, or a data "
+                "set elsewhere"
+            )
 
 
 def _frozen(stage: Stage, encoder: nn.Module, decoder: Decoder) -> Pretrained:

@@ -221,6 +221,8 @@ class Stage:
         state = self.run.load(file)
         if state is None:
             return 0
+        if not parts.keys() <= state["parts"].keys():
+            raise RunError(f"{file} was written by another version: go on with that one, or train into a new folder")
         for name, part in parts.items():
             if not isinstance(part, GeneratorState) or state["key"] == self.keys.number:
                 part.load_state_dict(state["parts"][name])
