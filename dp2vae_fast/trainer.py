@@ -21,7 +21,7 @@ from .engine.audit import Check
 from .engine.gradients.plan import Plan
 from .engine.gradients.planning import plan_for
 from .runs.checkpoint import RunError
-from .runs.folder import RunFolder, check_output
+from .runs.folder import RunFolder, check_output, data_sources
 from .runs.interrupt import StopRequest
 from .runs.keys import take_keys
 from .vae.audit import CANARIES, audit_run
@@ -112,7 +112,7 @@ class Trainer:
         """
         config = self.config
         if self.out is not None:
-            check_output(self.out, resume=self.resume)
+            check_output(self.out, resume=self.resume, sources=data_sources(self.config))
         device, train, self.test_data, spec = self._prepared()
         self.train_data = train
         build_decoder(spec)  # what cannot be built, or afforded, is found out before anything is written
@@ -181,7 +181,8 @@ class Trainer:
         """Write what may be released into ``folder``, and beside it, in ``curator/``, what may not."""
         self._require_fitted()
         folder = Path(folder)
-        check_output(folder, resume=self.out is not None and folder.absolute() == self.out.absolute())
+        resume = self.out is not None and folder.absolute() == self.out.absolute()
+        check_output(folder, resume=resume, sources=data_sources(self.config))
         save_release(folder, self.decoder, self.report, self.metrics)
         save_for_curator(folder / "curator", self.train_data, self.history)
 

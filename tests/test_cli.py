@@ -150,6 +150,30 @@ def test_a_folder_that_holds_a_run_is_refused_and_stays_as_it_is(finished, capsy
         assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("images", "holds, or lies in, the data"),
+        ("images/cat/run", "holds, or lies in, the data"),
+        ("link/run", "holds, or lies in, the data"),
+        (".", "holds, or lies in, the data"),
+        ("notes", "holds todo.txt and no run: choose a new folder, or an empty one"),
+    ],
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_is_kept_apart_from_its_data_and_from_other_files(out, message, resume, tmp_path, capsys, monkeypatch):
+    images = a_folder(tmp_path)
+    (tmp_path / "link").symlink_to(images)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    extra = ["--resume"] if resume else []
+    arguments = ["--data", images, "--out", tmp_path / out, "--preset", "conv28", *small.FLAGS, *extra]
+    code, _, err = in_process(capsys, monkeypatch, "train", *arguments)
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_an_unwritable_folder_is_refused(tmp_path):
     locked = tmp_path / "locked"
     locked.mkdir()

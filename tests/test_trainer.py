@@ -93,6 +93,21 @@ def test_what_needs_a_trained_decoder_says_so(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_release_is_not_written_among_data_or_other_files(tmp_path):
+    data = small.digits()
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "a.npz", images=data.images.numpy(), labels=data.labels.numpy(), num_classes=10)
+    run = Trainer(config=small.config(data=str(tmp_path / "data" / "a.npz"))).fit()
+    before = sorted(tmp_path.rglob("*"))
+    for folder, message in ((tmp_path / "data", "lies in, the data"), (tmp_path, "lies in, the data")):
+        with pytest.raises(RunError, match=message):
+            run.save(folder)
+    run.config = small.config()
+    with pytest.raises(RunError, match="holds data and no run"):
+        run.save(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_unlabelled_records_cannot_be_conditioned_on():
     unlabelled = make_image_data(small.digits().images, name="mine")
     with pytest.raises(DataError, match="has no labels"):

@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,15 +151,33 @@ def _is_identity(known: Any) -> bool:
     )
 
 
-def check_output(path: Path, *, resume: bool) -> None:
-    """Refuse an output folder that cannot be used, without writing anything."""
+def data_sources(config: Config) -> list[Path]:
+    """Files and folders that a run reads its images from."""
+    named = (config.data.data, config.privacy.public_encoder)
+    return [Path(source).expanduser() for source in named if source and source != "digits"]
+
+
+def holds_run(path: Path) -> bool:
+    """Whether there is anything of a run in ``path``, be it damaged."""
+    curator = path / "curator"
+    return any((path / sign).exists() for sign in _SIGNS_OF_A_RUN) or (curator.is_dir() and any(curator.iterdir()))
+
+
+def check_output(path: Path, *, resume: bool, sources: Sequence[Path] = ()) -> None:
+    """Refuse an output folder that cannot be used, without writing anything.
+
+    ``sources`` are what images are read from: a run's folder must neither hold them nor lie among them.
+    """
     if path.exists() and not path.is_dir():
         raise RunError(f"cannot write into {path}: it is not a folder")
-    curator = path / "curator"
-    if not resume and (
-        any((path / sign).exists() for sign in _SIGNS_OF_A_RUN) or (curator.is_dir() and any(curator.iterdir()))
-    ):
+    for source in sources:
+        here, there = path.resolve(), source.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise RunError(f"cannot write into {path}: it holds, or lies in, the data {source}: choose another folder")
+    if not resume and holds_run(path):
         raise RunError(f"{path} already holds a run: add --resume to go on with it, or choose another folder")
+    if path.is_dir() and not holds_run(path) and (others := sorted({p.name for p in path.iterdir()} - {"curator"})):
+        raise RunError(f"{path} holds {others[0]} and no run: choose a new folder, or an empty one")
     nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise RunError(f"cannot write into {path}: {nearest} is not a folder that may be written")
