@@ -56,7 +56,7 @@ def train(
         typer.Option(help="digits; a folder of images; .npy, .npz, idx, .parquet; a Hugging Face data set on disk."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/latest"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or start one there.")] = False,
     image_size: Annotated[int | None, typer.Option(help="Crop and resize images to this side.")] = None,
     channels: Annotated[int | None, typer.Option(help="1 (grey) or 3 (RGB).")] = None,
     conditional: Annotated[bool | None, typer.Option(help="Condition the decoder on labels.")] = None,
@@ -259,7 +259,10 @@ class _Bars:
             self._progress.stop()
 
     def hear(self, heard: Heard) -> None:
-        """Show one step. The first one opens the display."""
+        """Show one step, or a line for what has none. The first step opens the display."""
+        if not heard.steps:
+            _err.print(heard.stage, markup=False, highlight=False, soft_wrap=True)
+            return
         if not self._tasks:
             self._progress.start()
         if heard.stage not in self._tasks:

@@ -21,11 +21,11 @@ from .engine.audit import Check
 from .engine.gradients.plan import Plan
 from .engine.gradients.planning import plan_for
 from .runs.checkpoint import RunError
-from .runs.folder import RunFolder, check_output, data_sources
+from .runs.folder import RunFolder, check_output, data_sources, holds_run
 from .runs.interrupt import StopRequest
 from .runs.keys import take_keys
 from .vae.audit import CANARIES, audit_run
-from .vae.budget import calibrate_step, plan_budget
+from .vae.budget import Budget, calibrate_step, plan_budget
 from .vae.data import DataError, ImageData, check_trainable, load_images, to_pixels, train_test_split
 from .vae.encoder import MODES, Pretrained, pretrain
 from .vae.evaluate import evaluate
@@ -52,7 +52,7 @@ class Trainer:
         config: a complete :class:`~dp2vae_fast.config.Config`, or the path of a TOML file.
         out: folder of the run: checkpoints, ledger and results. None keeps everything in memory; such a run cannot be
             resumed.
-        resume: go on with the run in ``out``.
+        resume: go on with the run in ``out``; where there is none, one is started, with a warning.
         observer: called with :class:`~dp2vae_fast.vae.stage.Progress`, often.
         settings: any field of the configuration by its name; beats the file, which beats the recipe.
 
@@ -115,21 +115,22 @@ class Trainer:
             check_output(self.out, resume=self.resume, sources=data_sources(self.config))
         device, train, self.test_data, spec = self._prepared()
         self.train_data = train
-        build_decoder(spec)  # what cannot be built, or afforded, is found out before anything is written
-        budget = plan_budget(config, len(train))
+        build_decoder(spec)  # what cannot be built is found out before anything is written
         doubts = _doubts(config, len(train))
-        for doubt in doubts:
-            warnings.warn(doubt, stacklevel=2)
-        with (
-            RunFolder(self.out, resume=self.resume, config=config, data_sha256=train.sha256) as run,
-            StopRequest() as stop,
-        ):
-            last = run.load("DP-SGD.pt") or run.load("stage1.pt")
-            keys = take_keys(run.ledger, config, train.sha256, device, None if last is None else last["key"])
-            stage = Stage(config, spec, train, budget, run, keys, device, stop, self.observer)
-            self.decoder = train_decoder(stage, pretrain(stage)).cpu()
-            self.history = stage.history
-            self.report = report_on(stage, MODES[config.privacy.encoder], doubts)
+        news = list(doubts)
+        if self.resume and self.out is not None and not holds_run(self.out):
+            news.append(f"{self.out} holds no run to go on with: starting one")
+        for line in news:
+            warnings.warn(line, stacklevel=2)
+        with RunFolder(self.out, resume=self.resume, config=config, data_sha256=train.sha256) as run:
+            budget = self._budget(len(train))  # slow, so only once the folder can be used
+            with StopRequest() as stop:
+                last = run.load("DP-SGD.pt") or run.load("stage1.pt")
+                keys = take_keys(run.ledger, config, train.sha256, device, None if last is None else last["key"])
+                stage = Stage(config, spec, train, budget, run, keys, device, stop, self.observer)
+                self.decoder = train_decoder(stage, pretrain(stage)).cpu()
+                self.history = stage.history
+                self.report = report_on(stage, MODES[config.privacy.encoder], doubts)
         return self
 
     def audit(self, canaries: int = CANARIES) -> list[Check]:
@@ -145,7 +146,7 @@ class Trainer:
         seed = 0 if config.privacy.seed is None else config.privacy.seed
         config = replace(config, privacy=replace(config.privacy, seed=seed))
         device, train, _, spec = self._prepared()
-        budget = plan_budget(config, len(train))
+        budget = self._budget(len(train))
         with StopRequest() as stop:
 
             def stage(records: ImageData) -> Stage:
@@ -194,6 +195,13 @@ class Trainer:
         device = find_device(config.performance.device)
         train, test = load_split(config, self._images)
         return device, train, test, model_spec(config, train)
+
+    def _budget(self, dataset_size: int) -> Budget:
+        """The noise of all mechanisms, which the observer hears about: it can take half a minute."""
+        target = self.config.privacy.target_epsilon
+        if target is not None:
+            self.observer(Progress(f"calibrating noise for epsilon {target:g}"))
+        return plan_budget(self.config, dataset_size)
 
     def _require_fitted(self) -> None:
         if not hasattr(self, "report"):

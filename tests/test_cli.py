@@ -12,8 +12,10 @@ import small
 import torch
 from PIL import Image
 
-from dp2vae_fast import backends_table, load_decoder, trainer
+from dp2vae_fast import Trainer, backends_table, load_decoder, trainer
+from dp2vae_fast.config import ConfigError
 from dp2vae_fast.runs import folder as run_folder
+from dp2vae_fast.runs.ledger import Ledger
 from dp2vae_fast.vae.classifiers import EvaluationError
 
 TIMEOUT = 300
@@ -117,6 +119,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(kind, tmp_path, capsys,
     out = [] if "--out" in arguments else ["--out", tmp_path / "run"]
     code, _, err = in_process(capsys, monkeypatch, "train", *out, *small.FLAGS, *arguments)
     assert code == 2, err
+    if err.startswith("calibrating noise for epsilon"):
+        err = err.split("\n", 1)[1]
     assert message in err and err.startswith("dp2vae: error: ") and err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -183,6 +187,46 @@ def test_an_unwritable_folder_is_refused(tmp_path):
         locked.write_text("x")
     done = dp2vae("train", "--out", locked / "run", *small.FLAGS)
     assert done.returncode == 2 and "cannot write" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_resume_without_a_run_says_that_one_is_started(tmp_path, capsys, monkeypatch):
+    out, saying = tmp_path / "typo", []
+    arguments = ["--out", out, "--epsilon", 5, *small.FLAGS, "--set=accountant=rdp", "--no-evaluate"]
+    for _ in range(2):
+        code, _, err = in_process(capsys, monkeypatch, "train", *arguments, "--resume")
+        assert code == 0 and err.count("calibrating noise for epsilon 5\n") == 1
+        saying.append(f"warning: {out} holds no run to go on with: starting one\n" in err)
+    assert saying == [True, False]
+
+
+def test_what_stands_against_a_folder_is_said_before_noise_is_calibrated(finished, tmp_path, capsys, monkeypatch):
+    def slow(*_):
+        raise AssertionError("calibrated first")
+
+    monkeypatch.setattr(trainer, "plan_budget", slow)
+    (tmp_path / "curator").write_text("in the way")
+    out = finished[0]
+
+    def refused(*arguments):
+        code, _, err = in_process(capsys, monkeypatch, "train", "--epsilon", 5, *small.FLAGS, "--out", *arguments)
+        assert code == 2
+        return err
+
+    assert "another configuration (steps was 6 and is now 9)" in refused(out, "--resume", "--steps", 9)
+    assert "cannot write" in refused(tmp_path)
+    lock = Ledger(out / "curator" / "ledger")
+    assert "another process is training" in refused(out, "--resume")
+    lock.close()
+
+
+@pytest.mark.parametrize("empty", [[], ["run"], ["run/curator"]])
+def test_a_folder_stays_empty_where_calibration_fails(empty, tmp_path):
+    for folder in empty:
+        (tmp_path / folder).mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        Trainer(small.digits(), config=small.config(target_epsilon=1e-9), out=tmp_path / "run").fit()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_large_delta_is_a_warning_and_the_run_goes_on(tmp_path):

@@ -46,6 +46,7 @@ class RunFolder:
         self.path = path
         self._id: str | None = None
         self._created: list[Path] = []
+        self._is_new = False
         self.ledger = Ledger()
         if path is None:
             return
@@ -87,7 +88,7 @@ class RunFolder:
             strangers += ["curator/ledger"] if self.ledger.spent() else []
             if strangers:
                 raise RunError(f"{folder} holds {strangers[0]} of an unknown run: train into a new folder")
-            self._id = secrets.token_hex(16)
+            self._id, self._is_new = secrets.token_hex(16), True
             known = {"id": self._id, "recipe": config.recipe, "config": config.to_dict(), "data_sha256": data_sha256}
             write_json(file, known)
             return
@@ -116,7 +117,7 @@ class RunFolder:
         is not."""
         unused = not self.ledger.spent()
         self.ledger.close()
-        if unused and self._created and self.path is not None:
+        if unused and (self._created or self._is_new) and self.path is not None:
             curator = self.path / "curator"
             # A checkpoint may come from training without noise: it must never be parted from the run it belongs to.
             if {p.name for p in curator.iterdir()} <= _IDENTITY:

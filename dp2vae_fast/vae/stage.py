@@ -29,6 +29,7 @@ from .models import Decoder, ModelSpec
 class Progress:
     """What an observer of a run hears: where it is and what it has spent so far.
 
+    ``steps`` 0 announces that ``stage`` begins, which has no steps to count.
     ``loss`` is not noised and only for the curator's eyes; None where there is none. ``epsilon`` is None where none was
     computed, and infinite where it has no bound.
     """
