@@ -2,7 +2,8 @@
 
 The report says what is guaranteed, for whom, and under which assumptions. It is a function of the mechanisms
 that the ledger counts and of public settings: nothing in it is computed from the records, not even a hash of
-them.
+them, but for the verdict of an audit, where one was run: which checks passed comes from records without noise, and no
+epsilon counts it.
 """
 
 from __future__ import annotations
