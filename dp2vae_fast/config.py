@@ -336,7 +336,8 @@ def _flatten(tables: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], st
 def _known(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     for name in values:
         if name not in _HOME:
-            raise ConfigError(f"{origin}: unknown setting {name}{_suggestion(name, _HOME)}")
+            hint = _suggestion(name, _HOME) or f"; known are {', '.join(_HOME)}"
+            raise ConfigError(f"{origin}: unknown setting {name}{hint}")
     return dict(values)
 
 

@@ -92,6 +92,10 @@ MISTAKES = {
     "impossible epsilon": (lambda t: ["--epsilon", 1e-6, "--steps", 1000000], "cannot be reached"),
     "unknown recipe": (lambda t: ["--recipe", "digit"], "did you mean digits"),
     "unknown setting": (lambda t: ["--set", "epsilon=3"], "unknown setting epsilon"),
+    "unknown setting unlike any": (
+        lambda t: ["--set", "xyzzy=3"],
+        "unknown setting xyzzy; known are data, image_size,",
+    ),
     "no value": (lambda t: ["--set", "steps"], "expected NAME=VALUE"),
     "missing configuration": (lambda t: ["--config", t / "no.toml"], "cannot read"),
     "sides that the preset cannot have": (
@@ -264,7 +268,7 @@ def test_sample_draws_pictures_and_arrays(finished, tmp_path, capsys, monkeypatc
         assert arrays["images"].shape == (5, 1, 8, 8) and arrays["images"].dtype == np.uint8
         assert arrays["labels"].tolist() == [7] * 5
     for arguments, message in (
-        ([out, "--label", 10], "there are 10 classes"),
+        ([out, "--label", 12], "no class 12: labels are 0 to 9"),
         ([tmp_path], "holds no decoder"),
         ([out, "--out", tmp_path / "a.gif"], "ends in .png or .npz"),
     ):

@@ -90,7 +90,7 @@ def test_large_draws_are_made_in_parts_with_the_same_result():
         (lambda: build_decoder(ModelSpec("resnet64", (3, 60, 64), 4)), "64x60"),
         (lambda: build_decoder(ModelSpec("conv64", (3, 64, 64), 4, width=20)), "width = 20"),
         (lambda: build_decoder(spec("mlp"))(torch.zeros(1, 4)), "give it labels"),
-        (lambda: build_decoder(spec("mlp")).sample(2, torch.tensor([0, 3])), "there are 3 classes"),
+        (lambda: build_decoder(spec("mlp")).sample(2, torch.tensor([0, 3])), "no class 3: labels are 0 to 2"),
         (lambda: build_decoder(spec("mlp")).sample(2, torch.tensor([0])), "one label for each of the 2"),
         (lambda: build_decoder(spec("mlp")).sample(2, torch.tensor([0.0, 1.0])), "labels are torch.float32"),
         (lambda: build_decoder(spec("mlp")).sample(-1), "n = -1"),

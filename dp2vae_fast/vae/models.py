@@ -95,8 +95,9 @@ class Decoder(nn.Module):
             raise ModelError(f"labels are {labels.dtype}: give the numbers of classes, as int64")
         if labels.shape != (n,):
             raise ModelError(f"labels have shape {list(labels.shape)}: give one label for each of the {n} samples")
-        if n and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise ModelError(f"labels run from {int(labels.min())} to {int(labels.max())}: there are {classes} classes")
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if len(wrong):
+            raise ModelError(f"no class {int(wrong[0])}: labels are 0 to {classes - 1}")
 
 
 class Encoder(nn.Module):
