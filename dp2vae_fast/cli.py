@@ -6,6 +6,7 @@ Every error that a user can cause ends as one line on standard error and exit co
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from .ops import backends_table
 from .runs.checkpoint import RunError, write_atomic, write_json
 from .runs.environment import versions
 from .runs.folder import read_run
+from .runs.interrupt import Stopped
 from .trainer import Trainer, load_split, sampler
 from .vae.audit import CANARIES, LEAST_CANARIES, write_audit
 from .vae.classifiers import EvaluationError
@@ -90,9 +92,9 @@ def train(
         run = Trainer(config=complete, out=out, resume=resume, observer=bars.hear)
         try:
             run.fit()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             _err.print(f"stopped; to go on: the same command with --resume, into {out}", soft_wrap=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(128 + (stop.signal if isinstance(stop, Stopped) else signal.SIGINT)) from None
     run.save(out)
     _print_result(out, run.report)
     if evaluate:

@@ -95,7 +95,8 @@ def test_ten_kills_at_random_moments_leave_every_draw_counted_and_none_repeated(
     assert_whole(out)
 
 
-def test_ctrl_c_stops_between_two_steps_with_the_exact_count(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_between_two_steps_with_the_exact_count(tmp_path, number):
     out, log = tmp_path / "run", tmp_path / "draws"
     process = start(out, log)
 
@@ -103,9 +104,10 @@ def test_ctrl_c_stops_between_two_steps_with_the_exact_count(tmp_path):
         return sum(line[0] == "noise_adam_" for line in lines(log)) >= 30
 
     assert wait_until(process, stepping), process.communicate()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in errors
+    assert process.returncode == 128 + number and "--resume" in errors
+    assert errors.index("stopping after the present step") < errors.index("stopped; to go on")
     drawn = sum(line[0] == "noise_adam_" for line in lines(log))
     with_ledger = Ledger(out / "curator" / "ledger")
     assert with_ledger.steps("DP-SGD") == drawn >= 30

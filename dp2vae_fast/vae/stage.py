@@ -171,7 +171,7 @@ class Stage:
                 self._save(file, every, info.step)
             if stopping:
                 ledger.settle(dp.mechanism, info.step)
-                raise KeyboardInterrupt
+                self.stop.obey()
 
         dp_sgd(
             module,
@@ -207,8 +207,7 @@ class Stage:
             self.observer(Progress(name, step, steps, loss=loss.detach()))
             if self.stop.requested or step % (10 * self.config.performance.checkpoint_every) == 0 or step == steps:
                 self._save(_file(name), every, step)
-            if self.stop.requested:
-                raise KeyboardInterrupt
+            self.stop.obey()
 
     def _save(self, file: str, parts: dict[str, Stateful], step: int) -> None:
         state = {name: part.state_dict() for name, part in parts.items()}
