@@ -192,7 +192,7 @@ def plan(
     recipe: Annotated[str | None, typer.Option(help=f"One of {', '.join(recipes())}.")] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file of settings; a flag beats it.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="As of train, and refused as there; what matters is their shape and classes.")
+        str | None, typer.Option(help="As of train, in any number; what matters is their shape and classes.")
     ] = None,
     max_memory_overhead: Annotated[float | None, typer.Option(help="Peak memory over an ordinary step's.")] = None,
     measure_plan: Annotated[bool | None, typer.Option("--measure", help="Time the ways, on random numbers.")] = None,
@@ -376,6 +376,12 @@ def _print_plan(made: Plan, rows: int) -> None:
             f"{choice.held * rows / 2**20:.1f}",
         )
     _out.print(table)
+    _out.print(
+        "A record's gradient is a sum over T positions of D inputs by P outputs. gram: its norm comes from products of "
+        "positions, no gradient is formed; direct: it is formed and forgotten; kept: it is formed once and stored.",
+        highlight=False,
+        soft_wrap=True,
+    )
     overhead = memory_overhead(list(made.choices.values()))
     _out.print(
         f"Milliseconds and MiB held, of {rows} rows. Peak memory over an ordinary step's, as the plan reckons: "

@@ -160,7 +160,7 @@ class Trainer:
         """How stage 2 will take the decoder's per-sample gradients, layer by layer; nothing is trained or written."""
         config = self.config
         device = find_device(config.performance.device)
-        spec = model_spec(config, load_split(config, self._images)[0])
+        spec = model_spec(config, load_split(config, self._images, least=1)[0])
         decoder = build_decoder(spec).to(device)
         rows = 2 * config.model.iwae_samples  # made up; the plan does not depend on their number
         labels = torch.zeros(rows, dtype=torch.long, device=device) if spec.num_classes else None
@@ -251,12 +251,16 @@ def sampler(decoder: Decoder, seed: int) -> Callable[[int], tuple[Tensor, Tensor
     return draw
 
 
-def load_split(config: Config, images: ImageData | None = None) -> tuple[ImageData, ImageData]:
-    """Training and held-out records of a configuration; raises ``DataError`` for what cannot be trained on."""
+def load_split(
+    config: Config, images: ImageData | None = None, *, least: int | None = None
+) -> tuple[ImageData, ImageData]:
+    """Training and held-out records of a configuration; raises ``DataError`` for what cannot be trained on, and for
+    fewer records than ``least``, the expected batch size unless given."""
     data = config.data
     whole = images if images is not None else load_images(data.data, image_size=data.image_size, channels=data.channels)
     train, test = train_test_split(whole, data.test_fraction, data.split_seed)
-    check_trainable(train, batch_size=config.privacy.expected_batch_size, conditional=data.conditional)
+    least = config.privacy.expected_batch_size if least is None else least
+    check_trainable(train, batch_size=least, conditional=data.conditional)
     return train, test
 
 

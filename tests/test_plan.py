@@ -6,6 +6,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from loops import privatize
@@ -180,6 +181,13 @@ def test_the_command_prints_the_plan():
     done = CliRunner().invoke(app, ["plan", "--recipe", "digits", "--measure"], env={"COLUMNS": "160"})
     assert done.exit_code == 0, done.output
     assert "body.0" in done.output and "gram" in done.output and "at most 1.25" in done.output
+
+
+def test_the_command_plans_for_fewer_records_than_a_batch_and_explains_its_columns(tmp_path):
+    np.savez(tmp_path / "few.npz", images=np.zeros((6, 8, 8), np.uint8), labels=np.arange(6) % 2)
+    done = CliRunner().invoke(app, ["plan", "--data", str(tmp_path / "few.npz")], env={"COLUMNS": "160"})
+    assert done.exit_code == 0 and "body.0" in done.output, done.output
+    assert all(word in done.output for word in ("T positions of D inputs by P outputs", "gram: ", "direct: ", "kept: "))
 
 
 class Twice(nn.Module):
