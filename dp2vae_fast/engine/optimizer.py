@@ -444,8 +444,9 @@ class DPOptimizer(OpacusDPOptimizer):
     def _refuse_accumulation(self) -> None:
         if not self.capture.grad_accumulation_allowed:
             raise ValueError(
-                "Poisson sampling does not compose by accumulation: call optimizer.step() after every batch "
-                "(BatchMemoryManager splits large batches), and backward() once on the sum of several losses"
+                "Poisson sampling does not compose by accumulation, and this optimizer had no step on the batch before "
+                "(or another was stepped in its place): call optimizer.step() after every batch (BatchMemoryManager "
+                "splits large batches), and backward() once on the sum of several losses"
             )
 
     def __getstate__(self) -> dict[str, Any]:
