@@ -124,7 +124,7 @@ def measure(case: Case, dtype: torch.dtype, device: str, rates: Rates, budget: f
     for how, call in ways.items():
         try:
             arguments = on(device, dtype, case.arguments())
-            if how in BACKENDS and (gap := OPS[case.op]._gap(how, device, tuple(arguments), {})):
+            if how in BACKENDS and (gap := OPS[case.op]._gap(how, device, tuple(arguments))):
                 if how in ("cuda", "triton"):
                     yield {**row, "how": how, "status": "refused", "why": gap}
                 continue

@@ -248,7 +248,7 @@ RIVALS = [case for case in CASES if case.rival is not None]
 @pytest.mark.parametrize(("case", "backend"), TURNS, ids=[f"{c.op}-{b}-{c.what}" for c, b in TURNS])
 def test_op(benchmark: Any, case: Case, backend: str) -> None:
     arguments = case.arguments()
-    if gap := OPS[case.op]._gap(backend, "cpu", tuple(arguments), {}):
+    if gap := OPS[case.op]._gap(backend, "cpu", tuple(arguments)):
         pytest.skip(gap)
     result = OPS[case.op](*arguments, backend=backend)
     assert case.check(arguments, result), "wrong, so not timed"

@@ -66,7 +66,7 @@ def moved(value: Any, device: str | torch.device, dtype: torch.dtype | None = No
 def run(name: str, backend: str, arguments: tuple) -> Any:
     """The op on that backend, or the test is skipped with the reason why not."""
     op = _op.OPS[name]
-    if gap := op._gap(backend, _op._device_type(arguments, {}), arguments, {}):
+    if gap := op._gap(backend, _op._device_type(arguments), arguments):
         pytest.skip(gap)
     return op(*arguments, backend=backend)
 
@@ -168,13 +168,13 @@ def test_products(device, backend, operands, dtype, memory, precision):
     arguments, ran = OPERANDS[operands](dtype, memory), []
     for how in ("norm_sq", "direct_norm_sq", "kept"):
         name = f"{operands[0]}_{how}"
-        if not _op.OPS[name]._gap(backend, device, moved(arguments, device), {}):
+        if not _op.OPS[name]._gap(backend, device, moved(arguments, device)):
             check(name, backend, arguments, device, precision)
             ran.append(how)
     weights = torch.linspace(0, 1, len(arguments[0]))
     name = f"{operands[0]}_weighted_sum"
     weighted = (*arguments[:2], weights, *arguments[2:])
-    if not _op.OPS[name]._gap(backend, device, moved(weighted, device), {}):
+    if not _op.OPS[name]._gap(backend, device, moved(weighted, device)):
         check(name, backend, weighted, device, precision)
         ran.append("weighted_sum")
     if not ran:
@@ -257,7 +257,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor], to_the_bit: bool) -
 def test_updates_are_the_cpus(device, backend, dtype, update, settings):
     """Four steps of SGD or Adam with noise; tests/test_noise.py holds the CPU's against torch.optim."""
     tensors = some(dtype, 0, device)
-    if gap := ops.add_noise_._gap(backend, device, (tensors, *key_and_step(device), 0, INDICES, 1.0), {}):
+    if gap := ops.add_noise_._gap(backend, device, (tensors, *key_and_step(device), 0, INDICES, 1.0)):
         pytest.skip(gap)
     expected = update(settings, dtype, "cpp" if _C else "reference")
     found = [moved(x, "cpu") for x in update(settings, dtype, backend, device)]
