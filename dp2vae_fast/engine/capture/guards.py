@@ -222,15 +222,15 @@ def refuse_untappable(name: str, layer: nn.Module, arguments: tuple[tuple, dict]
 
 
 def check_rows(
-    name: str, outputs: Sequence[Tensor], inputs: Sequence[torch.Size], axis: int, rows_per_record: int
+    name: str, outputs: Sequence[Tensor], axis: int, inputs: Sequence[torch.Size], batch: int, rows_per_record: int
 ) -> None:
-    """The rows of a layer's outputs, along ``axis``, must be those of the outermost call's ``inputs``.
+    """The rows of a layer's outputs, along ``axis``, must be those of the outermost call's ``inputs``, along ``batch``.
 
     Raises:
         ValueError: they are not.
     """
     rows = {x.shape[axis] if x.dim() > axis else None for x in outputs}
-    expected = {shape[axis] * factor for shape in inputs for factor in (1, rows_per_record)}
+    expected = {shape[batch] * factor for shape in inputs for factor in (1, rows_per_record)}
     if len(rows) == 1 and None not in rows and (not expected or rows & expected):
         return
     places = ("first", "second")
@@ -240,7 +240,7 @@ def check_rows(
     found += "one per record" if rows_per_record == 1 else f"with rows_per_record = {rows_per_record}"
     if all(x.dim() > 1 and x.shape[1 - axis] in expected for x in outputs):
         found += f". The {places[1 - axis]} axis has them: see to batch_first, of the layer or of make_private"
-    elif rows <= {shape[1] for shape in inputs if axis == 0 and len(shape) > 1}:
+    elif rows <= {shape[1] for shape in inputs if batch == 0 and len(shape) > 1}:
         found += (
             ". There is one per position: give it positions for every record, torch.arange(T).expand(N, T), or let a "
             "module add a parameter of its own to the records"

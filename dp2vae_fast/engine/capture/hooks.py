@@ -159,7 +159,7 @@ class Hooks:
         calls, capture = self._calls, self._capture
         if calls.ticket is not None:
             return calls.traced.tap(calls.ticket, self.number, list(trainable), first, output)
-        guards.check_rows(self.name, [output], calls.shapes, self._axis, capture.rows_per_record)
+        guards.check_rows(self.name, [output], self._axis, calls.shapes, calls.axis, capture.rows_per_record)
         draws = capture.draws()
 
         def report(saved: tuple[Tensor, ...], backprops: tuple[Tensor, ...]) -> None:
@@ -184,8 +184,9 @@ class Hooks:
         if not tapped:
             return None
         rows = [outputs[i] for i in tapped]
-        guards.check_rows(self.name, rows, self._calls.shapes, self._axis, self._capture.rows_per_record)
-        draws = self._capture.draws()
+        calls, capture = self._calls, self._capture
+        guards.check_rows(self.name, rows, self._axis, calls.shapes, calls.axis, capture.rows_per_record)
+        draws = capture.draws()
         rerun = Rerun(self.name, layer, arguments, totals, kind=rows[0].device.type, axis=self._axis)
 
         def report(saved: tuple[Tensor, ...], backprops: tuple[Tensor, ...]) -> None:
@@ -194,7 +195,7 @@ class Hooks:
             args, kwargs = again = rerun.arguments(saved)
 
             def run_again(*_: Any) -> dict[str, Tensor]:
-                with self._calls.resting():
+                with calls.resting():
                     return rerun.grad_samples(again, list(backprops))
 
             activations = args[0] if args else next(iter(kwargs.values()))
@@ -216,7 +217,8 @@ class Hooks:
     ) -> None:
         """One use of the layer in a compiled graph, in an outermost call on ``inputs`` so shaped and ``draws``."""
         assert self.rule is not None
-        guards.check_rows(self.name, backprops, inputs, self._axis, self._capture.rows_per_record)
+        calls, capture = self._calls, self._capture
+        guards.check_rows(self.name, backprops, self._axis, inputs, calls.axis, capture.rows_per_record)
         trainable: Any = {key: self.module._parameters[key] for key in keys}
         self._record(self.module, self.rule, trainable, activations, backprops, draws)
 

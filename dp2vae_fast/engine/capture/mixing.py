@@ -58,7 +58,7 @@ class _Batch(NamedTuple):
         if far is not None and _may_be_far(x):
             marks = far.repeat_interleave(x.shape[self.axis] // self.records).to(x.device)
             marks = marks.reshape(-1, *[1] * (x.dim() - self.axis - 1))
-            rows = torch.where(marks & (rows != rows.round()), _FAR * rows, rows)
+            rows = (_FAR * rows).where(marks & (rows != rows.round()), rows)
         return rows.requires_grad_(x.requires_grad)
 
 
