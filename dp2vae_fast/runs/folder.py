@@ -177,7 +177,8 @@ def check_output(path: Path, *, resume: bool, sources: Sequence[Path] = ()) -> N
             raise RunError(f"cannot write into {path}: it holds, or lies in, the data {source}: choose another folder")
     if not resume and holds_run(path):
         raise RunError(f"{path} already holds a run: add --resume to go on with it, or choose another folder")
-    if path.is_dir() and not holds_run(path) and (others := sorted({p.name for p in path.iterdir()} - {"curator"})):
+    others = sorted(p.name for p in path.iterdir() if p.name[0] != ".") if path.is_dir() and not holds_run(path) else []
+    if others and others != ["curator"]:
         raise RunError(f"{path} holds {others[0]} and no run: choose a new folder, or an empty one")
     nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
