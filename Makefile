@@ -22,7 +22,7 @@ $(BUILT): $(READY) setup.py pyproject.toml $(NATIVE)
 	touch $@
 
 demo: setup
-	$(BIN)/dp2vae train --recipe digits --out runs/digits --resume
+	$(BIN)/dp2vae train --recipe digits --out runs/digits $(if $(wildcard runs/digits),--resume)
 
 test: setup
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 tests

@@ -38,6 +38,11 @@ ARITHMETIC: dict[str, dict[str, Any]] = {
         "not_bounded": "rounding of norms, of sums, and of the forward and backward pass",
     },
 }
+_COMPOSITION = {
+    "prv": "all mechanisms of all stages together; RDP stands in where PRV's arithmetic does not carry (delta below "
+    "1e-10, epsilon above 500)",
+    "rdp": "all mechanisms of all stages together",
+}
 NO_CLAIM = (
     "no claim is made against floating-point attacks",
     "checkpoints, loss curves and everything else under curator/ are not covered and must not be released",
@@ -147,7 +152,7 @@ def build_report(facts: Facts) -> dict[str, Any]:
         "accountant": {
             "name": facts.accountant,
             "library": "opacus",
-            "composition": "all mechanisms of all stages together",
+            "composition": _COMPOSITION[facts.accountant],
         },
         "released": ["decoder.safetensors", "decoder.json", "samples.png", "privacy.json", "privacy.md"],
         "sampling": facts.sampling,
@@ -220,7 +225,8 @@ def render(report: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     lines += [
         "",
-        f"All mechanisms are composed by Opacus' {report['accountant']['name'].upper()} accountant.",
+        f"Composed by Opacus' {report['accountant']['name'].upper()} accountant: "
+        f"{report['accountant']['composition']}.",
         "",
     ]
     lines += ["## Under which assumptions", ""]
