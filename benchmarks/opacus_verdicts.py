@@ -110,7 +110,7 @@ EXPLAINED: list[tuple[str, str, str, str]] = [
     ),
     (
         "grad_samples/dp_rnn_test.py::*",
-        "returns .* in a call on",
+        "returns .* expected .* rows along",
         "refused",
         "a PackedSequence is refused by an error: its steps hold ever fewer records, in the order of their lengths (of "
         "an unsorted one Opacus takes the rows for the batch's own order, and a record exceeds the bound)",

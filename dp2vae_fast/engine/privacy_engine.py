@@ -204,7 +204,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         target_delta: float,
         epochs: int,
         max_grad_norm: float | Sequence[float] | Mapping[str, float],
-        epsilon_tolerance: float = 0.01,
+        epsilon_tolerance: float = 1e-3,
         alphas: Sequence[float] | None = None,
         **options: Any,
     ) -> Any:
