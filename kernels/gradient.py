@@ -291,7 +291,7 @@ def supports_linear(activations: Tensor, backprops: Tensor) -> bool | str:
     return takes(activations, backprops)
 
 
-def supports_convolution(activations: Tensor, backprops: Tensor, *_: object, **__: object) -> bool | str:
+def supports_convolution(activations: Tensor, backprops: Tensor, *_: object) -> bool | str:
     reach = max(
         sum((s - 1) * t for s, t in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in (activations, backprops)
     )

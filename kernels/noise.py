@@ -227,7 +227,6 @@ def _supports_sgd(
     lr: float,
     momentum: float,
     *_settings: float,
-    **_named_settings: float,
 ) -> bool | str:
     noise._native_noise_sgd(params, sums, momentum_buffers, key, step, mechanism, indices, std, scale, lr, momentum)
     return _takes_lists(key, step, params, sums, *[momentum_buffers] * bool(momentum_buffers))
@@ -272,7 +271,6 @@ def _supports_adam(
     scale: float,
     optimizer_step: int,
     *_settings: float,
-    **_named_settings: float,
 ) -> bool | str:
     lists = (params, sums, exp_avgs, exp_avg_sqs)
     noise._native_noise_adam(

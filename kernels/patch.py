@@ -176,7 +176,7 @@ def _gram(x: Tensor, groups: int, dot: Dot) -> Tensor:
     return grams
 
 
-def _supports(activations: Tensor, backprops: Tensor, weight_shape: list[int], *_: object, **__: object) -> bool | str:
+def _supports(activations: Tensor, backprops: Tensor, weight_shape: list[int], *_: object) -> bool | str:
     if 0 in (*activations.shape[1:], *backprops.shape[1:]):
         return "an operand is empty"
     return takes(activations, backprops)

@@ -241,9 +241,7 @@ def _supports_linear(activations: Tensor, backprops: Tensor, factors: Tensor) ->
     return _takes_factors(factors, activations) if reason is True else reason
 
 
-def _supports_convolution(
-    activations: Tensor, backprops: Tensor, factors: Tensor, *_: object, **__: object
-) -> bool | str:
+def _supports_convolution(activations: Tensor, backprops: Tensor, factors: Tensor, *_: object) -> bool | str:
     reason = supports_convolution(activations, backprops)
     return _takes_factors(factors, activations) if reason is True else reason
 

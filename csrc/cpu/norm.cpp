@@ -39,7 +39,7 @@ struct Numbering {
   Numbering(const Numbering&) = delete;
 
  private:
-  void add_phase(const Product& p, Triple phase, const std::vector<Triple>& shifts, int64_t& farthest);
+  void add_phase(const Product& p, Triple phase, const std::vector<Triple>& shifts);
   void add_active(GramPhase& phase, const std::vector<GramTap>& its);
   void add_source(const Product& p, GramPhase& phase);
 };
@@ -70,9 +70,11 @@ Numbering::Numbering(const Product& p, int64_t lanes) {
   plan.numbers = box[0] * box[1] * box[2];
   plan.step = ((plan.numbers + lanes - 1) / lanes | 1) * lanes;
   plan.slack = 4 * lanes;
-  int64_t farthest = 0;
   if (!plan.one_to_one)
-    for (const auto& [phase, its] : shifts) add_phase(p, phase, its, farthest);
+    for (const auto& [phase, its] : shifts) add_phase(p, phase, its);
+  int64_t farthest = 0;
+  for (const auto& of_phase : taps)
+    for (const GramTap& tap : of_phase) farthest = std::max(farthest, std::abs(tap.offset));
   plan.slack += (farthest + lanes - 1) / lanes * lanes;  // whole vectors, on whose boundaries rows begin
   for (size_t i = 0; i < phases.size(); ++i) {
     phases[i].taps = taps[i].data();
@@ -89,8 +91,7 @@ Numbering::Numbering(const Product& p, int64_t lanes) {
   plan.at = at.data();
 }
 
-void Numbering::add_phase(const Product& p, Triple phase, const std::vector<Triple>& shifts,
-                          int64_t& farthest) {
+void Numbering::add_phase(const Product& p, Triple phase, const std::vector<Triple>& shifts) {
   GramPhase made{};
   for (int d = 0; d < 3; ++d) {
     made.start[d] = phase[d];
@@ -117,7 +118,6 @@ void Numbering::add_phase(const Product& p, Triple phase, const std::vector<Trip
       masks.pop_back();
       continue;
     }
-    farthest = std::max(farthest, std::abs(tap.offset));
     tap.mask = mask.data();
     of_phase.push_back(tap);
   }

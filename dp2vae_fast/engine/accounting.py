@@ -25,6 +25,11 @@ _PRV_LIMIT = 500.0  # Opacus' PRV works with exp(epsilon): near 709 it saturates
 _PRV_ROUNDING = 1e-13  # what its power of a Fourier transform may be off by, in units of delta / 1000, for each step
 _ORDERS = [*RDPAccountant.DEFAULT_ALPHAS, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024]  # large ones for small deltas
 
+STAND_IN = (
+    f"RDP stands in where PRV's arithmetic does not carry (epsilon above {_PRV_LIMIT:g}; delta below "
+    f"{1000 * _PRV_ROUNDING:g}, or below {_PRV_ROUNDING:g} times the number of steps)"
+)
+
 History = Sequence[tuple[float, float, int]]
 """Noise multiplier, sample rate and steps, as Opacus' accountants keep them."""
 

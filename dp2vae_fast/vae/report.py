@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engine.accounting import Mechanism, epsilon, gaussian_dp_mu
+from ..engine.accounting import STAND_IN, Mechanism, epsilon, gaussian_dp_mu
 from ..engine.precision import roundings_on, sum_rounding
 from ..runs.checkpoint import RunError, write_json, write_text
 from ..runs.environment import versions
@@ -38,11 +38,7 @@ ARITHMETIC: dict[str, dict[str, Any]] = {
         "not_bounded": "rounding of norms, of sums, and of the forward and backward pass",
     },
 }
-_COMPOSITION = {
-    "prv": "all mechanisms of all stages together; RDP stands in where PRV's arithmetic does not carry (delta below "
-    "1e-10, epsilon above 500)",
-    "rdp": "all mechanisms of all stages together",
-}
+_COMPOSITION = "all mechanisms of all stages together"
 NO_CLAIM = (
     "no claim is made against floating-point attacks",
     "checkpoints, loss curves and everything else under curator/ are not covered and must not be released",
@@ -152,7 +148,7 @@ def build_report(facts: Facts) -> dict[str, Any]:
         "accountant": {
             "name": facts.accountant,
             "library": "opacus",
-            "composition": _COMPOSITION[facts.accountant],
+            "composition": f"{_COMPOSITION}; {STAND_IN}" if facts.accountant == "prv" else _COMPOSITION,
         },
         "released": ["decoder.safetensors", "decoder.json", "samples.png", "privacy.json", "privacy.md"],
         "sampling": facts.sampling,

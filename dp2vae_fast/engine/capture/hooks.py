@@ -159,7 +159,7 @@ class Hooks:
         calls, capture = self._calls, self._capture
         if calls.ticket is not None:
             return calls.traced.tap(calls.ticket, self.number, list(trainable), first, output)
-        guards.check_rows(self.name, [output], self._axis, calls.shapes, calls.axis, capture.rows_per_record)
+        self._check_rows([output], calls.shapes)
         draws = capture.draws()
 
         def report(saved: tuple[Tensor, ...], backprops: tuple[Tensor, ...]) -> None:
@@ -184,9 +184,8 @@ class Hooks:
         if not tapped:
             return None
         rows = [outputs[i] for i in tapped]
-        calls, capture = self._calls, self._capture
-        guards.check_rows(self.name, rows, self._axis, calls.shapes, calls.axis, capture.rows_per_record)
-        draws = capture.draws()
+        self._check_rows(rows, self._calls.shapes)
+        draws = self._capture.draws()
         rerun = Rerun(self.name, layer, arguments, totals, kind=rows[0].device.type, axis=self._axis)
 
         def report(saved: tuple[Tensor, ...], backprops: tuple[Tensor, ...]) -> None:
@@ -195,7 +194,7 @@ class Hooks:
             args, kwargs = again = rerun.arguments(saved)
 
             def run_again(*_: Any) -> dict[str, Tensor]:
-                with calls.resting():
+                with self._calls.resting():
                     return rerun.grad_samples(again, list(backprops))
 
             activations = args[0] if args else next(iter(kwargs.values()))
@@ -204,6 +203,11 @@ class Hooks:
         for i, x in zip(tapped, self._taps.on(rows, rerun.tensors, report), strict=True):
             outputs[i] = x
         return tree_unflatten(outputs, structure)
+
+    def _check_rows(self, outputs: Sequence[Tensor], inputs: Sequence[torch.Size]) -> None:
+        """The layer's ``outputs`` must have the rows of the outermost call's ``inputs``."""
+        batch, rows_per_record = self._calls.axis, self._capture.rows_per_record
+        guards.check_rows(self.name, outputs, self._axis, inputs, batch, rows_per_record)
 
     # In the backward pass --------------------------------------------------------------------------------------------
 
@@ -217,8 +221,7 @@ class Hooks:
     ) -> None:
         """One use of the layer in a compiled graph, in an outermost call on ``inputs`` so shaped and ``draws``."""
         assert self.rule is not None
-        calls, capture = self._calls, self._capture
-        guards.check_rows(self.name, backprops, self._axis, inputs, calls.axis, capture.rows_per_record)
+        self._check_rows(backprops, inputs)
         trainable: Any = {key: self.module._parameters[key] for key in keys}
         self._record(self.module, self.rule, trainable, activations, backprops, draws)
 
