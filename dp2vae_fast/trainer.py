@@ -159,8 +159,7 @@ class Trainer:
     def plan(self) -> Plan:
         """How stage 2 will take the decoder's per-sample gradients, layer by layer; nothing is trained or written."""
         config = self.config
-        device = find_device(config.performance.device)
-        spec = model_spec(config, load_split(config, self._images, least=1)[0])
+        device, _, _, spec = self._prepared(least=1)
         decoder = build_decoder(spec).to(device)
         rows = 2 * config.model.iwae_samples  # made up; the plan does not depend on their number
         labels = torch.zeros(rows, dtype=torch.long, device=device) if spec.num_classes else None
@@ -187,13 +186,14 @@ class Trainer:
         save_release(folder, self.decoder, self.report, self.metrics)
         save_for_curator(folder / "curator", self.train_data, self.history)
 
-    def _prepared(self) -> tuple[torch.device, ImageData, ImageData, ModelSpec]:
-        """Device, training and held-out records, and what the decoder is built from; sets the number of threads."""
+    def _prepared(self, least: int | None = None) -> tuple[torch.device, ImageData, ImageData, ModelSpec]:
+        """Device, training and held-out records (:func:`load_split`), and what the decoder is built from; sets the
+        number of threads."""
         config = self.config
         if config.performance.threads is not None:
             torch.set_num_threads(config.performance.threads)
         device = find_device(config.performance.device)
-        train, test = load_split(config, self._images)
+        train, test = load_split(config, self._images, least=least)
         return device, train, test, model_spec(config, train)
 
     def _budget(self, dataset_size: int) -> Budget:

@@ -515,13 +515,25 @@ def test_an_interrupted_forward_leaves_no_stand_in_behind():
             return x * self.scale
 
     model = nn.Sequential(Interrupted())
-    scale = model[0].scale
+    layer, scale = model[0], model[0].scale
     capture = Capture(model)
-    with pytest.raises(KeyboardInterrupt):
-        model(torch.randn(3, 4))
-    model[0].interrupt = False
+
+    def interrupt() -> None:
+        layer.interrupt = True
+        with pytest.raises(KeyboardInterrupt):
+            model.train()(torch.randn(3, 4))
+        layer.interrupt = False
+        assert layer.scale is not scale
+
+    interrupt()
     model(torch.randn(5, 4)).sum().backward()
-    assert model[0].scale is scale and capture.take([scale])[0] is not None
+    assert layer.scale is scale and capture.take([scale])[0] is not None
+    interrupt()
+    model.eval()(torch.randn(5, 4))
+    assert layer.scale is scale
+    interrupt()
+    capture.remove()
+    assert layer.scale is scale
 
 
 def test_parameters_unfrozen_later_are_watched_from_the_next_step_on():

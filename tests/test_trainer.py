@@ -115,3 +115,10 @@ def test_unlabelled_records_cannot_be_conditioned_on():
     run = Trainer(unlabelled, config=small.config(conditional=False)).fit()
     metrics = run.evaluate(samples=64)
     assert metrics["cnn_accuracy_synthetic"] is None and metrics["missing"]
+
+
+def test_the_plan_is_made_on_as_many_threads_as_the_run(monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    Trainer(small.digits(), config=small.config(threads=3)).plan()
+    assert threads == [3]

@@ -83,6 +83,7 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._put_back()
 
     def __deepcopy__(self, memo: dict) -> Hooks:
         """The same, on a copy of the module."""
@@ -113,16 +114,15 @@ class Hooks:
             return
         if calls.outermost is not layer:
             calls.begin(self.number, layer, args, kwargs)
+        if self._swapped is not None:  # its last forward was interrupted, or is still running: it calls itself
+            # What that forward made of them is in no tap.
+            guards.watch_totals(self.name, {key: layer._parameters[key] for key in self._swapped})
+            self._put_back()
         if not torch.is_grad_enabled() or not layer.training:
             return
         # In this order: a graph must not depend on the records of before.
         if not torch.compiler.is_compiling() and self._book.records is not None:
             self._capture.begin_batch()
-        if self._swapped is not None:  # its last forward was interrupted, or is still running: it calls itself
-            # What that forward made of them is in no tap.
-            guards.watch_totals(self.name, {key: layer._parameters[key] for key in self._swapped})
-            layer._parameters.update(self._swapped)  # type: ignore[arg-type]
-            self._swapped = None
         trainable: dict[str, Tensor] = {
             key: p for key in self.keys if (p := layer._parameters.get(key)) is not None and p.requires_grad
         }
@@ -132,6 +132,11 @@ class Hooks:
             if self.rule is None:
                 stand_ins = {key: p.requires_grad_() for key, p in stand_ins.items()}
             layer._parameters.update(stand_ins)  # type: ignore[arg-type]
+
+    def _put_back(self) -> None:
+        """The parameters that a forward which never ended has left stand-ins for."""
+        self.module._parameters.update(self._swapped or {})  # type: ignore[arg-type]
+        self._swapped = None
 
     def _leave(self, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """After a layer's forward: put the parameters back and tap the output. Runs after an exception too."""
