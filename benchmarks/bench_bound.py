@@ -38,7 +38,7 @@ MODELS = {"mlp": (8, 256), "conv28": (28, 64), "conv64": (64, 256), "resnet64": 
 GRAM = {"conv28": 32, "conv64": 8}  # preset: records whose norms are taken by Gram matrices
 DATA = {"digits": 10, "photographs": 2}  # number of classes
 PRECISIONS = {"float32": torch.float32, "bf16 autocast": torch.bfloat16}
-BATCHES = (64, 256, 1024, 4096)
+BATCHES = (64, 256, 1024, 4096, 16384)
 
 
 def load(data: str, side: int) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,16 @@ follows is exact (float64).
 
 from __future__ import annotations
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dp2vae_fast import ops
 from dp2vae_fast.engine.clipping import AutomaticClipping, FlatClipping, GroupClipping
@@ -188,6 +192,32 @@ def test_the_rounding_of_a_sum_is_within_what_is_stated(records: int):
         assert off <= 0.5 * sum_rounding(records)  # each of the two neighbours' sums may be off by half
 
 
+def test_the_rounding_that_is_stated_is_nearly_reached():
+    """Terms of at most 1, added one after the other, each of which the sum is rounded up by as much as can be."""
+    total, exact = np.float32(1), Fraction(1)
+    for _ in range(RECORDS_PER_PART - 1):
+        unit = float(np.spacing(total + np.float32(1)))
+        halfway = (np.floor((float(total) + 1.0) / unit - 0.5) + 0.5) * unit
+        term = np.nextafter(np.float32(halfway - float(total)), np.float32(1))
+        assert 0.9 < term <= 1
+        exact += Fraction(float(term))
+        total += term
+    off = float(Fraction(float(total)) - exact)
+    part = 0.5 * sum_rounding(0, largest=RECORDS_PER_PART)
+    assert 0.4 * part < off < part
+
+
+@pytest.mark.parametrize("leaves", [2, 3, 7, 12])
+def test_terms_added_one_by_one_pass_through_most_additions(leaves: int):
+    """Of all orders of additions, trees with so many leaves, the squares of the leaves' depths add up to most."""
+    trees = {1: {(0, 0)}}  # leaves: (sum of their depths, of the squares)
+    for m in range(2, leaves + 1):
+        pairs = ((one, other) for a in range(1, m) for one in trees[a] for other in trees[m - a])
+        trees[m] = {(d + e + m, dd + ee + 2 * (d + e) + m) for (d, dd), (e, ee) in pairs}
+    squares = [*range(1, leaves), leaves - 1]
+    assert max(dd for _, dd in trees[leaves]) == sum(depth**2 for depth in squares)
+
+
 @pytest.mark.parametrize("positions", [16, 256])
 def test_products_over_positions_do_not_mix_records(positions: int):
     generator = torch.Generator().manual_seed(1)
@@ -199,6 +229,45 @@ def test_products_over_positions_do_not_mix_records(positions: int):
     coarse = float((gradient.weighted_sum(factors, torch.float32).double() - parts).norm())
     assert fine <= 0.5 * sum_rounding(50)
     assert fine < coarse
+
+
+class Contractions(TorchDispatchMode):
+    """Over how many terms, or records, the sums of the vendor library's went."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.terms: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            self.terms.append(args[0].shape[1])
+        elif func in (torch.ops.aten.convolution_backward.default, torch.ops.aten.embedding_dense_backward.default):
+            self.terms.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "embedding"])
+def test_pieces_of_few_records_are_added_up_together(kind: str):
+    """The pieces of a record, one a position, may be long and cancel: `sum_rounding` counts on 128 records of them."""
+    generator = torch.Generator().manual_seed(4)
+    records, positions = 2 * RECORDS_PER_PART + 3, 5
+    factors = 0.5 ** torch.randint(0, 9, (records,), generator=generator)
+    b = torch.randn(records, positions, 4, generator=generator)
+    if kind == "embedding":
+        gradient = EmbeddingProduct(torch.randint(6, (records, positions), generator=generator), b, 6, -1)
+    else:
+        gradient = LinearProduct(torch.randn(records, positions, 3, generator=generator), b)
+    exact = torch.einsum("n,npd->pd", factors.double(), gradient.in_float64(torch.arange(records)).grad_sample())
+    with Contractions() as seen:
+        if kind == "embedding":
+            found = gradient.weighted_sum(factors)
+        elif kind == "linear":
+            found = ops.linear_weighted_sum.reference(gradient.activations, b, factors)
+        else:
+            a, b = (x.transpose(1, 2) for x in (gradient.activations, b))
+            found = ops.conv_weighted_sum.reference(a, b, factors, [4, 3, 1], [1], [0], [1], 1, False)[:, :, 0]
+    assert seen.terms == [n * (positions if kind == "linear" else 1) for n in (RECORDS_PER_PART, RECORDS_PER_PART, 3)]
+    torch.testing.assert_close(found.float(), exact.float(), rtol=2.0**-23, atol=0)
 
 
 @pytest.mark.parametrize("allowed", ["ieee", "tf32"])

@@ -66,23 +66,30 @@ def sum_rounding(
 ) -> float:
     """How far rounding can move the clipped sum when one record joins or leaves, in units of the clipping bound C.
 
-    Every term ``c_n g_n`` is at most C long and passes through at most h additions, so either of the two sums is off
-    by at most ``h u`` times the sum of their lengths (Higham, *Accuracy and Stability of Numerical Algorithms*, ch. 4):
-    ``2 h u B`` together, for at most B records and the unit roundoff u of ``dtype``. Records are added in parts of
-    :data:`RECORDS_PER_PART`, :data:`PARTS_PER_BLOCK` parts in turn and :data:`BATCHES_IN_FLOAT32` physical batches in
-    turn; more parts, more batches and what other ranks have in float64, and the total is rounded once:
-    ``h = RECORDS_PER_PART + PARTS_PER_BLOCK + BATCHES_IN_FLOAT32 + 4``.
+    An addition rounds the sum of some terms ``c_n g_n`` by at most u times what their lengths add up to, u being the
+    unit roundoff of ``dtype``, and adding zero rounds nothing. So a number of the sum is off by at most u times the sum
+    of ``k_n |c_n g_n|``, where the n-th term passes through ``k_n`` additions (Higham, *Accuracy and Stability of
+    Numerical Algorithms*, ch. 4). For m terms, added in whatever order, the squares of the ``k_n`` add up to most where
+    one term is added after the other, to less than ``1 + 4 + ... + m^2``. So by Cauchy and Schwarz m terms at most C
+    long are off by at most ``r m u C``, with the root mean square r of 1 to m, even if every number of the sum has an
+    order of its own.
+
+    Records are added in parts of :data:`RECORDS_PER_PART`, whose r is 74.3, :data:`PARTS_PER_BLOCK` parts in turn and
+    :data:`BATCHES_IN_FLOAT32` physical batches in turn; more parts, more batches and what other ranks have in float64,
+    and the total is rounded once. With ``h = r + PARTS_PER_BLOCK + BATCHES_IN_FLOAT32 + 4`` each of the two sums is off
+    by at most ``h u B C`` for at most B records: ``2 h u B`` together. Tensor cores, which cut off what does not align,
+    are counted by the longest path instead.
 
     Where a weight is used at several positions, the C++ and Triton kernels form each record's product apart from all
     others and add it as one term. It differs from the exact gradient by the rounding of that record's own product,
     which the error bound of its norm counts (:mod:`dp2vae_fast.ops.norm`), so it too is at most C long.
 
-    The references add up the positions of all records in float64 instead. There a term is not a record's contribution
-    but a part of it, and parts may cancel: the lengths of a record's T parts add up to at most ``C / sqrt(2 T u s)``,
-    since its clip factor counts at least the part s = :data:`STILL_COUNTED` of float32's error bound
-    ``2 T u (sum of lengths)^2`` (:mod:`.clipping`). With ``h = B T`` additions of unit roundoff 2^-53 that is the
-    second term, which is added whatever the kernels. (Norms of float64 operands have an error term of their own size;
-    for them it is an estimate.)
+    The references add up the positions of all records of a part in float64 instead, and then the parts. There a term is
+    not a record's contribution but a piece of it, and pieces may cancel: the lengths of a record's T pieces add up to
+    at most ``C / sqrt(2 T u s)``, since its clip factor counts at least the part s = :data:`STILL_COUNTED` of float32's
+    error bound ``2 T u (sum of lengths)^2`` (:mod:`.clipping`). With ``RECORDS_PER_PART T`` additions of unit roundoff
+    2^-53 in a part, and fewer than B of parts, that is the second term, which is added whatever the kernels. (Norms of
+    float64 operands have an error term of their own size; for them it is an estimate.)
 
     Args:
         expected_records: of a Poisson draw.
@@ -91,6 +98,9 @@ def sum_rounding(
     """
     records = max(records_at_most(expected_records), largest)
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
-    products = records * 2.0**-53 * math.sqrt(MAX_POSITIONS / (2 * 2.0**-24 * STILL_COUNTED))
-    depth = roundings * RECORDS_PER_PART + PARTS_PER_BLOCK + BATCHES_IN_FLOAT32 + 4
+    pieces = math.sqrt(MAX_POSITIONS / (2 * 2.0**-24 * STILL_COUNTED))
+    products = 2.0**-53 * (RECORDS_PER_PART * pieces + records)
+    one_by_one = math.sqrt((RECORDS_PER_PART + 1) * (2 * RECORDS_PER_PART + 1) / 6)
+    in_a_part = one_by_one if roundings == 1 else roundings * RECORDS_PER_PART
+    depth = in_a_part + PARTS_PER_BLOCK + BATCHES_IN_FLOAT32 + 4
     return 1.01 * 2 * records * (depth * unit + products)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +36,18 @@ def masked(x: Tensor, factors: Tensor) -> Tensor:
     return x.masked_fill((factors == 0).reshape(-1, *[1] * (x.dim() - 1)), 0)
 
 
-def _double_product(activations: Tensor, backprops: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    scaled = masked(backprops, factors).double() * factors.double().reshape(-1, *[1] * (backprops.dim() - 1))
-    return masked(activations, factors).double(), scaled
+def _sum_of_products(
+    product: Callable[[Tensor, Tensor], Tensor], activations: Tensor, backprops: Tensor, factors: Tensor
+) -> Tensor:
+    """``product``, a sum over records, of operands in float64, in parts: the terms of a record, which may be long and
+    cancel, are added up with those of few others."""
+
+    def of_a_part(a: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        scaled = masked(b, f).double() * f.double().reshape(-1, *[1] * (b.dim() - 1))
+        return product(masked(a, f).double(), scaled)
+
+    parts = map(of_a_part, *(x.split(RECORDS_PER_PART) for x in (activations, backprops, factors)))
+    return functools.reduce(torch.add, parts).to(result_dtype(activations, backprops))
 
 
 def _direct_norms(values: Tensor, reach: Tensor, positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -85,8 +94,11 @@ def linear_weighted_sum(activations: Tensor, backprops: Tensor, factors: Tensor)
 
     Records of factor zero contribute exactly zero, whatever they hold.
     """
-    a, b = _double_product(activations, backprops, factors)
-    return (b.flatten(0, 1).T @ a.flatten(0, 1)).to(result_dtype(activations, backprops))
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return b.flatten(0, 1).T @ a.flatten(0, 1)
+
+    return _sum_of_products(product, activations, backprops, factors)
 
 
 @op(native=native_convolution, fits=_fit.outer_sum)
@@ -207,10 +219,11 @@ def conv_weighted_sum(
 
     Records of factor zero contribute exactly zero, whatever they hold.
     """
-    a, b = _double_product(activations, backprops, factors)
-    return conv_weight_gradient(a, b, weight_shape, stride, padding, dilation, groups, transposed).to(
-        result_dtype(activations, backprops)
-    )
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return conv_weight_gradient(a, b, weight_shape, stride, padding, dilation, groups, transposed)
+
+    return _sum_of_products(product, activations, backprops, factors)
 
 
 def conv_weight_gradient(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -261,7 +261,11 @@ class EmbeddingProduct(Product):
     def weighted_sum(self, factors: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         (backprops,) = _zeroed(factors, self.backprops)
         backprops = _scaled(backprops, factors).to(torch.promote_types(dtype, backprops.dtype))
-        return torch.ops.aten.embedding_dense_backward(backprops, self.indices, self.entries, self.padding_idx, False)
+        # Of one position there is nothing that may cancel.
+        records = RECORDS_PER_PART if self.indices.shape[1] > 1 else max(1, self.records)
+        parts = zip(backprops.split(records), self.indices.split(records), strict=True)
+        total = torch.ops.aten.embedding_dense_backward
+        return reduce(torch.add, (total(b, i, self.entries, self.padding_idx, False) for b, i in parts))
 
     def in_float64(self, records: Tensor) -> EmbeddingProduct:
         return replace(self, indices=self.indices[records], backprops=self.backprops[records].double())
