@@ -41,10 +41,19 @@ def bounded_norms(
     if dtype == torch.float64:
         terms = [(n.to(dtype), e.to(dtype)) for n, e in terms]
     norm_sq, error = (torch.stack(rows) for rows in zip(*terms, strict=True))
-    total, uncertain = norm_sq.sum(0), error.sum(0)
-    loose = (uncertain > _LOOSE * total) & (total + uncertain > harmless**2) & uncertain.isfinite()
-    if dtype == torch.float64 or not second_look or not bool(loose.any()):
-        return norm_sq, error
+    if second_look and dtype == torch.float32:
+        total, uncertain = norm_sq.sum(0), error.sum(0)
+        loose = uncertain > _LOOSE * total
+        if bool(loose.any()):  # no more is asked of most batches
+            loose &= (total + uncertain > harmless**2) & uncertain.isfinite()
+            if bool(loose.any()):
+                _take_again(gradients, loose, total, norm_sq, error)
+    return norm_sq, error
+
+
+def _take_again(gradients: Sequence[Gradient], loose: Tensor, total: Tensor, norm_sq: Tensor, error: Tensor) -> None:
+    """Norms and errors of the records that are ``loose``, anew where they come of sums that cancel; ``total``: the sum
+    of norms that it is measured by."""
     for row, gradient in enumerate(gradients):
         # What has one position is multiplied in float32 after all, with operands rounded as its error says; and what is
         # formed is longer than the exact gradient by more than its own small error says.
@@ -58,9 +67,8 @@ def bounded_norms(
             # counted the roundings of the product, and of its operands, twice.
             longer = (0.5 * product_error(gradient.cost.positions, norm_sq) * rough).sqrt()
             bound = exact_error + 2.0**-23 * exact + longer * (2 * exact.sqrt() + longer)
-            error[row, records] = torch.maximum(STILL_COUNTED * rough, bound).to(dtype)
-            norm_sq[row, records] = exact.to(dtype)
-    return norm_sq, error
+            error[row, records] = torch.maximum(STILL_COUNTED * rough, bound).float()
+            norm_sq[row, records] = exact.float()
 
 
 @dataclass(kw_only=True)

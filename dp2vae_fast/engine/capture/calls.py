@@ -82,7 +82,8 @@ class Calls:
             return
         self.ticket = None
         if self.outermost is module:
-            self.count(tree_leaves((args, kwargs)))
+            plain = not kwargs and all(type(x) is Tensor for x in args)
+            self.count(args if plain else tree_leaves((args, kwargs)))
         self._before = self.memory.look(closely=self.first_batch.waiting)
         if self.first_batch.waiting:
             self.first_batch.begin(module, args, kwargs, self.trainable())

@@ -28,18 +28,21 @@ def refuse_in_training(message: str) -> Callable[[nn.Module, tuple], None]:
     return hook
 
 
-class Look(NamedTuple):
-    """The buffers and parameters of a module at one moment: where they are, what an update changes, and, where they are
-    looked at closely, some of their values."""
+Place = tuple[str, str, int, int]
+"""Of a buffer or parameter: its layer, its name there, and what an update changes, version and address."""
 
-    places: list[tuple[str, str]]
-    marks: list[tuple[int, int]]
+
+class Look(NamedTuple):
+    """The buffers and parameters of a module at one moment and, where they are looked at closely, some of their
+    values."""
+
+    places: list[Place]
     values: list[Tensor | None] | None
 
-    def by_place(self) -> dict[tuple[str, str], tuple[tuple[int, int], Tensor | None]]:
-        """Mark and values of each."""
+    def by_name(self) -> dict[tuple[str, str], tuple[Place, Tensor | None]]:
+        """Place and values of each."""
         values = self.values or [None] * len(self.places)
-        return dict(zip(self.places, zip(self.marks, values, strict=True), strict=True))
+        return {place[:2]: (place, x) for place, x in zip(self.places, values, strict=True)}
 
 
 class Memory:
@@ -111,24 +114,22 @@ class Memory:
 
     def _look(self, closely: bool) -> Look:
         there = [(name, key, x) for name, own in self._own for key, x in own.items() if x is not None]
-        tensors = [x for *_, x in there]
         try:
-            marks = [(x._version, x.data_ptr()) for x in tensors]
+            places = [(name, key, x._version, x.data_ptr()) for name, key, x in there]
         except RuntimeError:  # of some that have no version, or no data of their own
-            marks = [_mark(x) for x in tensors]
-        values = [_some_values(x) if _has_values(x) else None for x in tensors] if closely else None
-        return Look([(name, key) for name, key, _ in there], marks, values)
+            places = [(name, key, *_mark(x)) for name, key, x in there]
+        return Look(places, [_some_values(x) if _has_values(x) else None for *_, x in there] if closely else None)
 
 
 def _changed(before: Look, now: Look) -> tuple[str, str] | None:
     """Where the two are not the same."""
-    if now[:2] == before[:2] and all(map(_equal, now.values or (), before.values or ())):
+    if now.places == before.places and all(map(_equal, now.values or (), before.values or ())):
         return None
-    seen, found = before.by_place(), now.by_place()
-    return next(place for place in {**seen, **found} if not _same(seen.get(place), found.get(place)))
+    seen, found = before.by_name(), now.by_name()
+    return next(name for name in {**seen, **found} if not _same(seen.get(name), found.get(name)))
 
 
-def _same(one: tuple[Any, Tensor | None] | None, other: tuple[Any, Tensor | None] | None) -> bool:
+def _same(one: tuple[Place, Tensor | None] | None, other: tuple[Place, Tensor | None] | None) -> bool:
     return one is not None and other is not None and one[0] == other[0] and _equal(one[1], other[1])
 
 
