@@ -88,8 +88,8 @@ def architecture(like: Tensor) -> str:
     """``sm_80``, ``sm_90``, ... of the tensor's device, or ``default``."""
     if not like.is_cuda or torch.version.hip is not None:
         return "default"
-    major, _ = torch.cuda.get_device_capability(like.device)
-    return f"sm_{major}0"
+    major, minor = torch.cuda.get_device_capability(like.device)
+    return f"sm_{major}{minor}"
 
 
 def choose(kernel: str, like: Tensor, size: int = 0) -> Options:

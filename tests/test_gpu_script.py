@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,16 @@ def test_measured_block_sizes_are_read_as_they_were_written(tmp_path, monkeypatc
     assert blocks.choose("noise", x, 10**9) == {"BLOCK": 256, "num_warps": 8}
     assert blocks.choose("channels", x, 16) == {"BLOCK_C": 4} and blocks.choose("channels", x, 17) == {"BLOCK_C": 1}
     assert blocks.choose("factors", x) == blocks._DEFAULT["factors"][0][1]
+
+
+def test_block_sizes_of_one_gpu_are_not_taken_for_another(monkeypatch):
+    """An A100 (8.0) has 164 KiB of shared memory a multiprocessor, others of its generation (8.6, 8.9) have 100."""
+    pytest.importorskip("triton")
+    from dp2vae_fast.kernels import blocks
+
+    for capability, name in (((8, 0), "sm_80"), ((8, 6), "sm_86"), ((9, 0), "sm_90"), ((10, 0), "sm_100")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert blocks.architecture(SimpleNamespace(is_cuda=True, device="cuda")) == name
 
 
 @pytest.mark.parametrize(("fast", "chosen"), [(0.5, 256), (0.98, 128)])
