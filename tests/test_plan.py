@@ -64,6 +64,13 @@ def test_what_is_forced_is_done_and_what_is_unknown_refused():
         Plan(max_memory_overhead=0.5)
 
 
+def test_a_name_that_no_parameter_has_is_refused():
+    with pytest.raises(ValueError, match=r"forces '7.wieght', which is no parameter .* did you mean '7.weight'\?"):
+        privatize(decoder(), plan=Plan(forced={"7.wieght": "kept"}))
+    with pytest.raises(ValueError, match=r"forces 'encoder.bias', .* use the names of named_parameters\(\)"):
+        privatize(decoder(), plan=Plan(forced={"encoder.bias": "kept", "7.weight": "kept"}))
+
+
 @pytest.mark.parametrize("limit", [1.0, 1.1, 1.25, math.inf])
 def test_the_budget_is_kept_where_it_can_be(limit: float):
     plan = plan_for(decoder(), torch.zeros(2, 8), plan=Plan(max_memory_overhead=limit))

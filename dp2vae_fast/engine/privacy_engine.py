@@ -212,7 +212,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
         Args:
             epochs: passes over the data loader.
-            epsilon_tolerance: by how much the noise multiplier may fall short of using up the target.
+            epsilon_tolerance: how far below ``target_epsilon`` the epsilon of all passes may stay.
             alphas: orders that the accountant "rdp" tries.
             options: all other arguments of :meth:`make_private`.
 
@@ -443,6 +443,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if not verify and not shared:
             capture.first_batch.turn_off()
         if plan is not None:
+            names = [name for name, _ in capture.module.named_parameters()]
+            if unknown := plan.forced.keys() - set(names):
+                name = min(unknown)
+                near = get_close_matches(name, names, n=1)
+                way_out = f"did you mean {near[0]!r}?" if near else "use the names of named_parameters()"
+                raise ValueError(f"the plan forces {name!r}, which is no parameter of the module: {way_out}")
             capture.plan = plan
 
     def _prepare_data_loader(self, data_loader: DataLoader, *, poisson_sampling: bool, **kwargs: Any) -> DataLoader:
