@@ -414,6 +414,7 @@ def test_split_edges():
     data = make_image_data(torch.from_numpy(GREY)[:, None], name="six")
     train, test = train_test_split(data, test_fraction=0)
     assert (len(train), len(test)) == (6, 0)
+    assert train.images.data_ptr() == data.images.data_ptr() and train.sha256 == data.subset(torch.arange(6)).sha256
     assert [len(part) for part in train_test_split(data, test_fraction=0.5)] == [3, 3]
     with pytest.raises(DataError, match="leaves none to train on"):
         train_test_split(data, test_fraction=0.9)

@@ -160,6 +160,8 @@ def train_test_split(data: ImageData, test_fraction: float = 0.2, seed: int = 0)
             "lower the test fraction"
         )
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    if held_out == 0:
+        return data, data.subset(order[:0])  # nothing is copied: the images may fill the memory
     return data.subset(order[held_out:].sort().values), data.subset(order[:held_out].sort().values)
 
 
