@@ -58,23 +58,31 @@ def train(
         typer.Option(help="digits; a folder of images; .npy, .npz, idx, .parquet; a Hugging Face data set on disk."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/latest"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or start one there.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, as it was set, or start one there.")
+    ] = False,
     image_size: Annotated[int | None, typer.Option(help="Crop and resize images to this side.")] = None,
     channels: Annotated[int | None, typer.Option(help="1 (grey) or 3 (RGB).")] = None,
     conditional: Annotated[bool | None, typer.Option(help="Condition the decoder on labels.")] = None,
     preset: Annotated[str | None, typer.Option(help="mlp, conv28, conv64 or resnet64.")] = None,
-    latent_dim: Annotated[int | None, typer.Option()] = None,
+    latent_dim: Annotated[int | None, typer.Option(help="Numbers in a latent.")] = None,
     likelihood: Annotated[str | None, typer.Option(help="bernoulli or gaussian.")] = None,
-    target_epsilon: Annotated[float | None, typer.Option("--target-epsilon", "--epsilon")] = None,
-    target_delta: Annotated[float | None, typer.Option("--target-delta", "--delta")] = None,
+    target_epsilon: Annotated[
+        float | None, typer.Option("--target-epsilon", "--epsilon", help="Of the whole run, both stages together.")
+    ] = None,
+    target_delta: Annotated[
+        float | None, typer.Option("--target-delta", "--delta", help="Well below one over the number of records.")
+    ] = None,
     noise_multiplier: Annotated[float | None, typer.Option(help="Instead of a target; 0: not private.")] = None,
     encoder: Annotated[str | None, typer.Option(help="linear, dp, public or private.")] = None,
     public_encoder: Annotated[str | None, typer.Option(help="Its checkpoint, or a public data set.")] = None,
-    max_grad_norm: Annotated[float | None, typer.Option()] = None,
-    expected_batch_size: Annotated[int | None, typer.Option()] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Bound of the norm of a record's gradient.")] = None,
+    expected_batch_size: Annotated[
+        int | None, typer.Option(help="Records that a Poisson draw is expected to have.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of DP-SGD.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd, adam or adamw.")] = None,
-    learning_rate: Annotated[float | None, typer.Option()] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of DP-SGD.")] = None,
     seed: Annotated[int | None, typer.Option(help="Reproducible noise: private only while it stays secret.")] = None,
     engine: Annotated[str | None, typer.Option(help="fused, or opacus (the reference path).")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
@@ -84,7 +92,11 @@ def train(
     evaluate: Annotated[bool, typer.Option(help="Measure the samples at the end.")] = True,
 ) -> None:
     """Train a private image generator and write the release, and the curator's files beside it, into --out."""
-    complete = _configured(recipe, config, _chosen(locals()))
+    chosen = _chosen(locals())
+    if resume and recipe is None and config is None and (out / "curator" / "run.json").is_file():
+        complete = load_config(overrides=_settings_of(read_run(out)) | chosen)
+    else:
+        complete = _configured(recipe, config, chosen)
     features = features or ["cnn"]
     for wanted in features:
         require_feature_network(wanted)
@@ -93,7 +105,7 @@ def train(
         try:
             run.fit()
         except KeyboardInterrupt as stop:
-            _err.print(f"stopped; to go on: the same command with --resume, into {out}", soft_wrap=True)
+            _err.print(f"stopped; to go on: dp2vae train --resume --out {out}", soft_wrap=True)
             raise typer.Exit(128 + (stop.signal if isinstance(stop, Stopped) else signal.SIGINT)) from None
     run.save(out)
     _print_result(out, run.report)
@@ -109,7 +121,7 @@ def sample(
     label: Annotated[
         int | None, typer.Option(min=0, max=_INT64, help="Class of all of them; drawn at random unless given.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=_INT64)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=_INT64, help="The same images for the same seed.")] = None,
 ) -> None:
     """Draw new images from a released decoder."""
     decoder = load_decoder(run)
@@ -137,11 +149,11 @@ def sample(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     data: Annotated[str | None, typer.Option(help="The run's data, where they have moved.")] = None,
-    samples: Annotated[int, typer.Option(min=2)] = 5000,
+    samples: Annotated[int, typer.Option(min=2, help="How many samples, and training records, are compared.")] = 5000,
     features: Annotated[
         list[str] | None, typer.Option(help='"cnn" (fitted on the real data), a TorchScript file, "inception:FILE".')
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=_INT64)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_INT64, help="Of the samples and of the classifiers.")] = 0,
 ) -> None:
     """Measure a decoder's samples against the real images, and write metrics.json. Its figures are not private."""
     decoder = load_decoder(run)
@@ -158,8 +170,12 @@ def audit(
     data: Annotated[str | None, typer.Option(help="As for train; the run's data, where they have moved.")] = None,
     encoder: Annotated[str | None, typer.Option(help="linear, dp, public or private.")] = None,
     public_encoder: Annotated[str | None, typer.Option(help="Its checkpoint, or a public data set.")] = None,
-    target_epsilon: Annotated[float | None, typer.Option("--target-epsilon", "--epsilon")] = None,
-    target_delta: Annotated[float | None, typer.Option("--target-delta", "--delta")] = None,
+    target_epsilon: Annotated[
+        float | None, typer.Option("--target-epsilon", "--epsilon", help="Of the whole run, both stages together.")
+    ] = None,
+    target_delta: Annotated[
+        float | None, typer.Option("--target-delta", "--delta", help="Well below one over the number of records.")
+    ] = None,
     noise_multiplier: Annotated[float | None, typer.Option(help="Instead of a target; 0: not private.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the audit's own coins; 0 unless given.")] = None,
     canaries: Annotated[int, typer.Option(min=LEAST_CANARIES, help="Coins of the one-run bound.")] = CANARIES,
@@ -332,12 +348,16 @@ def _missing_gpu(backend: str) -> str:
     return "its kernels are there, but no GPU to run them on"
 
 
+def _settings_of(known: dict[str, Any]) -> dict[str, Any]:
+    """What a run was told, from its identity."""
+    return {k: v for table in known["config"].values() for k, v in table.items() if v is not None}
+
+
 def _of_run(run: Path, changes: dict[str, Any]) -> tuple[Config, tuple[ImageData, ImageData]]:
     """The configuration of a run with ``changes``, and its training and held-out records; raises ``RunError`` where the
     training records are not the run's."""
     known = read_run(run)
-    settings = {k: v for table in known["config"].values() for k, v in table.items() if v is not None}
-    complete = load_config(overrides=settings | changes)
+    complete = load_config(overrides=_settings_of(known) | changes)
     split = load_split(complete)
     if split[0].sha256 != known["data_sha256"]:
         raise RunError(f"{split[0].name} does not hold the records of {run}: name the run's own data with --data")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import small
 import torch
+import typer
 from PIL import Image
 
 from dp2vae_fast import Trainer, backends_table, load_decoder, trainer
@@ -203,6 +204,17 @@ def test_resume_without_a_run_says_that_one_is_started(tmp_path, capsys, monkeyp
     assert saying == [True, False]
 
 
+def test_a_run_goes_on_with_its_own_settings(finished, tmp_path, capsys, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "run")
+    goes_on = ("train", "--resume", "--no-evaluate", "--out", tmp_path / "run")
+    code, out, err = in_process(capsys, monkeypatch, *goes_on)
+    assert code == 0 and "differentially private for every training record" in out, err
+    mechanisms = [json.loads((f / "privacy.json").read_text())["mechanisms"] for f in (finished[0], tmp_path / "run")]
+    assert mechanisms[0] == mechanisms[1]
+    code, _, err = in_process(capsys, monkeypatch, *goes_on, "--steps", 9)
+    assert code == 2 and "another configuration (steps was 6 and is now 9)" in err
+
+
 def test_what_stands_against_a_folder_is_said_before_noise_is_calibrated(finished, tmp_path, capsys, monkeypatch):
     def slow(*_):
         raise AssertionError("calibrated first")
@@ -343,6 +355,14 @@ def test_info_marks_kernels_that_lack_a_gpu(capsys, monkeypatch):
 
 def backends_are_there(name):
     return any(row.available for row in backends_table() if row.backend == name)
+
+
+def test_every_option_says_what_it_is():
+    from dp2vae_fast.cli import app
+
+    commands = typer.main.get_command(app).commands
+    silent = [f"{name} --{o.name}" for name, c in commands.items() for o in c.params if not getattr(o, "help", "")]
+    assert set(commands) == {"train", "sample", "evaluate", "audit", "plan", "info"} and silent == []
 
 
 def test_the_package_runs_as_a_module():
