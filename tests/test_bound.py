@@ -17,7 +17,7 @@ from dp2vae_fast.engine.capture.capture import Capture
 from dp2vae_fast.engine.clipping import FlatClipping
 from dp2vae_fast.engine.gradients.gradient import Gradient
 from dp2vae_fast.engine.gradients.plan import Plan
-from dp2vae_fast.engine.gradients.products import ConvGeometry, ConvProduct, LinearProduct
+from dp2vae_fast.engine.gradients.products import ConvGeometry, ConvProduct, LinearProduct, Product
 from dp2vae_fast.engine.precision import BATCHES_IN_FLOAT32
 
 BOUND = 0.7
@@ -87,6 +87,26 @@ def test_each_layer_under_cancellation_and_extreme_sizes(case: LayerCase, method
                 for scale in (1, 1000):
                     factors = flat_factors(gradients, bound, scale)
                     assert bool((realised(gradients, factors) <= bound).all())
+
+
+@pytest.mark.parametrize("case", LAYER_CASES, ids=lambda c: c.name)
+def test_what_is_formed_and_forgotten_stays_within_the_bound(case: LayerCase):
+    """By the direct way the product as it is formed again counts, with its rounding: here each record by itself."""
+    torch.manual_seed(1)
+    model = case.make()
+    plain = case.inputs(RECORDS, torch.float32)
+    for inputs in [plain] if case.entries else [plain, plain + 1e3, plain + 1e6, plain * 1e-12]:
+        gradients = captured(model, inputs, zero_sum, "gram")
+        if not any(isinstance(g, Product) and "direct" in g.ways() for g in gradients):
+            pytest.skip("it has no such way")
+        gradients = [g.directly() if isinstance(g, Product) and "direct" in g.ways() else g for g in gradients]
+        for bound in (BOUND, 1e-6):
+            factors = flat_factors(gradients, bound)
+            assert bool((factors > 0).any())
+            for n in range(RECORDS):
+                alone = torch.where(torch.arange(RECORDS) == n, factors, 0.0)
+                sums = [g.weighted_sum(alone).double().norm() for g in gradients]
+                assert float(torch.stack(sums).norm()) <= bound
 
 
 @pytest.mark.parametrize("positions", [1, 4])

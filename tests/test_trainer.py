@@ -9,6 +9,8 @@ from dp2vae_fast import Trainer
 from dp2vae_fast.config import Config, ConfigError
 from dp2vae_fast.engine.precision import sum_rounding
 from dp2vae_fast.runs.checkpoint import RunError
+from dp2vae_fast.trainer import sampler
+from dp2vae_fast.vae.classifiers import logreg_accuracy
 from dp2vae_fast.vae.data import DataError, make_image_data
 from dp2vae_fast.vae.encoder import pretrain
 
@@ -122,3 +124,11 @@ def test_the_plan_is_made_on_as_many_threads_as_the_run(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     Trainer(small.digits(), config=small.config(threads=3)).plan()
     assert threads == [3]
+
+
+def test_samples_of_the_demo_train_a_classifier():
+    """The recipe as it is; the README's record has 93.6 to 95.3 % over seeds."""
+    run = Trainer(recipe="digits", seed=0).fit()
+    images, labels = sampler(run.decoder, seed=0)(5000)
+    assert 9.9 < run.report["epsilon"] <= 10 and labels is not None
+    assert logreg_accuracy(images, labels, run.test_data, num_classes=10) > 0.91
