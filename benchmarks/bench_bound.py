@@ -93,7 +93,7 @@ def scaled(gradient: Any, factors: Tensor) -> Gradient:
 
 
 def exact_norms(gradients: list[Gradient]) -> Tensor:
-    """In float64, of gradients that are formed, so by another road than the engine's."""
+    """In float64, of gradients that are formed, so by another way than the engine's."""
     every = torch.arange(gradients[0].records)
     return sum(
         (g.in_float64(every).grad_sample().flatten(1).square().sum(1) for g in gradients), torch.zeros(())

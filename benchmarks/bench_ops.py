@@ -5,7 +5,7 @@
 The floor of a case is the larger of two times: its bytes, each read or written once, at the rate of a copy of as many
 bytes on this machine, and the multiply-adds of the cheapest exact way that is known, at the rate of a float32 matrix
 product. How far above it an op is stands behind its name in the table; where it is far above, the planner may well take
-another road. Nothing is timed unless it passes its gate: a record's squared norm as near the exact one as its error
+another way. Nothing is timed unless it passes its gate: a record's squared norm as near the exact one as its error
 bound says, gradients as float64 and autograd make them, noise the reference's.
 
 A new op is one line in ``CASES``, or a factory where it comes in several shapes.

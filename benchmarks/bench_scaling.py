@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import variants
+from environment import commit
 from harness import MALLOC, Lost, Process, Settings, measure
 from record import Record, rounded
 
@@ -141,6 +142,7 @@ def main() -> None:
         return Process(chosen.threads, chosen.malloc, settings)
 
     about = {"threads": chosen.threads, "malloc": chosen.malloc, "titles": variants.titles(chosen.variants)}
+    about |= {"fastdp": commit(chosen.fastdp)}
     record = Record(
         out,
         ("part",),

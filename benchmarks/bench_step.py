@@ -21,6 +21,7 @@ from typing import Any
 
 import variants
 import workloads
+from environment import commit
 from harness import MALLOC, Settings, measure
 from record import Record, rounded
 
@@ -94,7 +95,7 @@ def main() -> None:
     about = {k: v for k, v in asdict(settings).items() if k != "fastdp"}
     key = ("workload", "threads", "malloc")
     shown = chosen["variants"] if on_gpu else variants.in_order([*variants.ON_CPU, *chosen["variants"]])
-    about |= {"titles": variants.titles(shown)}
+    about |= {"titles": variants.titles(shown), "fastdp": commit(arguments.fastdp)}
     end = time.monotonic() + 60 * arguments.minutes
     record = None if path is None else Record(path, key, again=arguments.again, **about)
     for workload in chosen["workloads"]:

@@ -46,8 +46,11 @@ def gpu() -> dict[str, Any]:
     }
 
 
-def commit(folder: Path) -> str:
-    """Of the checkout that ``folder`` is in; "dirty" where files had changed, records apart, which grow while made."""
+def commit(folder: Path | str) -> str:
+    """Of the checkout that ``folder`` is in, empty for no folder; "dirty" where files had changed, records apart, which
+    grow while made."""
+    if not folder:
+        return ""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

@@ -298,3 +298,10 @@ def test_tables_say_where_ours_loses():
     assert report_step.against_rivals(row, titles) == "**0.50 (vmap(grad)), a loss**"
     row["variants"]["vmap"] = {"status": "wrong", "why": ""}
     assert report_step.against_rivals(row, titles) == "1.50 (Opacus ghost)"
+
+
+def test_a_table_says_which_rivals_were_measured(tmp_path):
+    record = {"environment": environment.environment(), "fastdp": "1a2b3c4"}
+    assert report_step.made(record).endswith(f"opacus {record['environment']['versions']['opacus']}, FastDP 1a2b3c4.")
+    assert "FastDP" not in report_step.made(record | {"fastdp": ""})
+    assert environment.commit("") == "" and environment.commit(tmp_path) == "unknown"

@@ -155,7 +155,7 @@ def _gram_norm(gram_a: Tensor, gram_b: Tensor, length: int) -> tuple[Tensor, Ten
 
 @op(native=_native_norms, fits=_fit.linear)
 def linear_norm_sq(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared norm of the per-sample weight gradient of a linear layer, by the Gram road.
+    """Squared norm of the per-sample weight gradient of a linear layer, by Gram matrices.
 
     Equivalent to ``torch.einsum("ntp,ntd->npd", backprops, activations).flatten(1).square().sum(1)``.
 
