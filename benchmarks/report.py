@@ -111,6 +111,12 @@ def register(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{note}; {made(record)}"])
 
 
+def opacus_suite(record: dict[str, Any]) -> str:
+    """How many of Opacus' own tests apply to this engine, and pass."""
+    passed, failed = record["total"]["passed"], record["total"]["failed"]
+    return f"Of Opacus' own tests {passed + failed} apply to this engine; {passed} pass."
+
+
 def bound(record: dict[str, Any]) -> str:
     """How far clip factors stay below C / norm on real gradients, and how far the sensitivity exceeds C."""
     lines = [
@@ -179,6 +185,7 @@ PAGES: dict[str, dict[str, tuple[str, Table]]] = {
     "README.md": {
         "utility_digits": ("utility_digits", utility_digits),
         "step_small": (STEP, report_step.step_small),
+        "opacus_suite": ("opacus_suite", opacus_suite),
     },
     "docs/kernels.md": {"kernels": ("kernels", kernels)},
     "docs/faults.md": {"faults": ("faults", faults), "register": ("register", register)},

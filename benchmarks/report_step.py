@@ -12,7 +12,16 @@ Row = dict[str, Any]
 NOT_MEASURED = "Not measured yet."
 BASE, OURS = "non-private", "ours"
 BUSY = 0.1
-SMALL = ("ours", "opacus-hooks", "opacus-functorch", "opacus-ghost", "fastdp-mixopt", "vmap")
+SMALL = (  # rows of the README; channels last among them, which can be the fastest plain step
+    "non-private-channels-last",
+    "ours",
+    "ours-channels-last",
+    "opacus-hooks",
+    "opacus-functorch",
+    "opacus-ghost",
+    "fastdp-mixopt",
+    "vmap",
+)
 
 
 def is_private(name: str) -> bool:
@@ -205,4 +214,5 @@ def made(record: Row) -> str:
     versions = where["versions"]
     machine = f"{where['gpu']['name']}; " if "gpu" in where else ""
     machine += f"{where['processor']}, {where['cores']} cores"
-    return f"{machine}, torch {versions['torch']}, opacus {versions['opacus']}."
+    others = f", FastDP {record['fastdp']}" if record.get("fastdp") else ""
+    return f"{machine}, torch {versions['torch']}, opacus {versions['opacus']}{others}."

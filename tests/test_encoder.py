@@ -7,7 +7,7 @@ import pytest
 import small
 import torch
 
-from dp2vae_fast.config import ConfigError, load_config
+from dp2vae_fast.config import ENCODERS, ConfigError, load_config
 from dp2vae_fast.runs.checkpoint import RunError, load_checkpoint, save_checkpoint
 from dp2vae_fast.trainer import Trainer, train_decoder
 from dp2vae_fast.vae.budget import SHARES, plan_budget
@@ -107,6 +107,10 @@ def _nothing():
 
 def test_the_default_mode_has_an_end_to_end_guarantee():
     assert MODES[load_config().privacy.encoder].end_to_end
+
+
+def test_a_mode_is_known_wherever_it_must_be():
+    assert set(MODES) == set(ENCODERS) == set(SHARES)
 
 
 def test_a_private_decoder_starts_from_scratch_and_public_weights_of_labels():
