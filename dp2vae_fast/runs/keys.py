@@ -29,19 +29,21 @@ class RunKeys:
 
     ``number`` counts the sets of keys that the run has had. A seeded key depends on ``mechanism`` (a fingerprint of the
     settings) too, so that two runs of different settings that share a seed do not share their noise. The noise key
-    depends on the records as well: the same noise on two neighbouring data sets would cancel between two releases.
+    depends on ``noise``, a fingerprint of all that a noisy sum follows from: on the records, as the same noise on two
+    neighbouring data sets would cancel between two releases, and on settings of performance. By these sums differ in
+    the latents that rows get, in rounding and in the size of their noise, and would cancel it as well.
     """
 
     seed: int | None
     number: int
     mechanism: str = ""
-    data_sha256: str = ""
+    noise: str = ""
 
     def keystream(self, stage: str) -> Keystream:
         """Where the noise and the coins of ``stage`` come from: the operating system, or the seed."""
         if self.seed is None:
             return Keystream.secret()
-        return Keystream.seeded(self._derive(f"noise {self.data_sha256} {stage}"), once=False)
+        return Keystream.seeded(self._derive(f"noise {self.noise} {stage}"), once=False)
 
     def generator(self, purpose: str) -> torch.Generator:
         """Initial weights and reparametrisation noise.
@@ -79,9 +81,12 @@ def take_keys(
     seed = config.privacy.seed
     if seed is None:
         return RunKeys(None, ledger.begin_key())
-    mechanism = config.fingerprint(*MECHANISM_TABLES)
     here = fingerprint(config.fingerprint(), data_sha256, circumstances(device))
     known = ledger.key_number >= 0 and ledger.replay == here
-    if known and checkpoint_key in (None, ledger.key_number):
-        return RunKeys(seed, ledger.key_number, mechanism=mechanism, data_sha256=data_sha256)
-    return RunKeys(seed, ledger.begin_key(here), mechanism=mechanism, data_sha256=data_sha256)
+    again = known and checkpoint_key in (None, ledger.key_number)
+    return RunKeys(
+        seed,
+        ledger.key_number if again else ledger.begin_key(here),
+        mechanism=config.fingerprint(*MECHANISM_TABLES),
+        noise=fingerprint(config.fingerprint(), data_sha256, device.type),
+    )
