@@ -42,6 +42,11 @@ def failed(checks: dict[str, Check]) -> list[str]:
     return [name for name, check in checks.items() if not check.passed]
 
 
+def enlarged(data, scale):
+    images = data.images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return make_image_data(images, data.labels, name=data.name, num_classes=data.num_classes)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_with_a_guarantee_pass_and_private_fails_in_the_encoder_shift(mode, public_file):
     checks = audited(encoder=mode, **({"public_encoder": public_file} if mode == "public" else {}))
@@ -137,8 +142,11 @@ def test_noise_that_stage_1_asks_for_and_leaves_out(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["class_means", "covariance"])
-@pytest.mark.parametrize("fault", ["noise that is halved on its way", "clipping at twice the bound"])
-def test_moments_whose_noise_and_sensitivity_do_not_match(name, fault, monkeypatch):
+@pytest.mark.parametrize(
+    ("fault", "scale"),  # at which thumbnails are as large as the images, or smaller
+    [("noise that is halved on its way", 1), ("clipping at twice the bound", 1), ("clipping at twice the bound", 5)],
+)
+def test_moments_whose_noise_and_sensitivity_do_not_match(name, fault, scale, monkeypatch):
     computed, add, clipped = getattr(encoder, name), Stream.add_noise_, moments._clipped
 
     def faulty(*args, **rest):
@@ -150,7 +158,7 @@ def test_moments_whose_noise_and_sensitivity_do_not_match(name, fault, monkeypat
             return computed(*args, **rest)
 
     monkeypatch.setattr(encoder, name, faulty)
-    checks = audited()
+    checks = audited(enlarged(small.digits(), scale))
     if fault.startswith("noise"):
         assert "stage 1 noise" in failed(checks) and set(failed(checks)) <= {"stage 1 noise", "stage 1 contribution"}
     else:

@@ -29,6 +29,7 @@ from .encoder import Pretrained, pretrain
 from .held import Held
 from .latents import LatentCache, decoder_losses
 from .loop import privatize, step_on
+from .moments import thumbnail_shape
 from .report import write_report
 from .stage import Stage, plan_of
 
@@ -67,9 +68,13 @@ def audit_run(stage: Stage, make_stage: Callable[[ImageData], Stage], *, canarie
 
 
 def with_canary(data: ImageData) -> ImageData:
-    """``data`` and one more record, a chequerboard of the first record's class."""
+    """``data`` and one more record, a chequerboard of the first record's class.
+
+    A square is a pixel of the thumbnails that moments are taken of: smaller ones would be grey there.
+    """
     height, width = data.image_shape[1:]
-    squares = (torch.arange(height)[:, None] + torch.arange(width)) % 2 * 255
+    rows, columns = thumbnail_shape(data.image_shape)[1:]
+    squares = (torch.arange(height)[:, None] * rows // height + torch.arange(width) * columns // width) % 2 * 255
     canary = squares.to(torch.uint8).expand(1, *data.image_shape)
     labels = None if data.labels is None else torch.cat((data.labels, data.labels[:1]))
     return _as_data(data, torch.cat((data.images, canary)), labels)
