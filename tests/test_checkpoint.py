@@ -7,6 +7,7 @@ import small
 import torch
 
 from dp2vae_fast.engine.accounting import Mechanism
+from dp2vae_fast.runs import folder as folder_module
 from dp2vae_fast.runs import ledger as ledger_module
 from dp2vae_fast.runs.checkpoint import (
     RunError,
@@ -170,6 +171,23 @@ def _records(path):
     data = path.read_bytes()
     assert len(data) % RECORD == 0
     return [data[i : i + RECORD] for i in range(0, len(data), RECORD)]
+
+
+def test_who_is_refused_the_lock_removes_nothing(tmp_path, monkeypatch):
+    """Two processes that start at once both find the folder missing; its identity and ledger are the first one's."""
+    settings, out = small.config(), tmp_path / "run"
+    with RunFolder(out, resume=False, config=settings, data_sha256="data"):
+        monkeypatch.setattr(folder_module, "_make_folder", lambda folder: [folder, folder.parent])
+        with pytest.raises(RunError, match="another process is training"):
+            RunFolder(out, resume=True, config=settings, data_sha256="data")
+        assert {p.name for p in (out / "curator").iterdir()} == {"ledger", "run.json"}
+
+
+def test_the_ledger_of_a_run_that_was_given_up_is_not_taken_over(path, monkeypatch):
+    """Locked just after its owner has removed it, it would be no file of the folder any more."""
+    monkeypatch.setattr(ledger_module.fcntl, "flock", lambda *_: path.unlink())
+    with pytest.raises(RunError, match="start again"):
+        Ledger(path)
 
 
 def test_a_run_does_not_change_its_engine_on_the_way(tmp_path):

@@ -51,9 +51,10 @@ class RunFolder:
         if path is None:
             return
         check_output(path, resume=resume)
-        self._created = _make_folder(path / "curator")
+        created = _make_folder(path / "curator")
         try:
             self.ledger = Ledger(path / "curator" / "ledger")
+            self._created = created  # who has no lock removes nothing: it may be another process's
             remove_temporaries(path)
             remove_temporaries(path / "curator")
             self._identify(path, config, data_sha256)
@@ -113,16 +114,17 @@ class RunFolder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Release the lock. What was created for a run that never drew noise is removed; what was there before
-        is not."""
-        unused = not self.ledger.spent()
-        self.ledger.close()
-        if unused and (self._created or self._is_new) and self.path is not None:
+        """Remove what was created for a run that never drew noise, nothing that was there before; then release the
+        lock."""
+        unused = not self.ledger.spent() and (self._created or self._is_new)
+        if unused and self.path is not None:
             curator = self.path / "curator"
             # A checkpoint may come from training without noise: it must never be parted from the run it belongs to.
             if {p.name for p in curator.iterdir()} <= _IDENTITY:
                 for name in _IDENTITY:
                     (curator / name).unlink(missing_ok=True)
+        self.ledger.close()
+        if unused:
             _remove_empty(self._created)
 
 

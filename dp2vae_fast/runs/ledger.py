@@ -56,6 +56,9 @@ class Ledger:
         except BlockingIOError:
             os.close(file)
             raise RunError(f"another process is training into {path.parent.parent}: wait for it, or stop it") from None
+        if not os.fstat(file).st_nlink:
+            os.close(file)
+            raise RunError(f"another process has just given up {path.parent.parent}: start again")
         if is_new:
             sync_folder(path.parent)
         content = _read_all(file)
