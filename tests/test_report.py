@@ -11,7 +11,7 @@ from opacus.accountants import create_accountant
 
 from dp2vae_fast.engine.accounting import Mechanism
 from dp2vae_fast.trainer import Trainer
-from dp2vae_fast.vae.report import Facts, build_report, render, write_report
+from dp2vae_fast.vae.report import Facts, build_report, headline, render, write_report
 
 DELTA = 1e-5
 
@@ -98,10 +98,32 @@ def test_the_readable_twin_says_the_same(tmp_path):
     assert json.loads((tmp_path / "privacy.json").read_text()) == report
     text = (tmp_path / "privacy.md").read_text()
     for said in (
-        f"({report['epsilon']:.4g}, 1e-05)",
+        ", 1e-05)-differentially private",
         "It holds.",
         "Warning: beware",
         "only while the seed is secret",
         "| DP-SGD |",
     ):
         assert said in text
+
+
+@pytest.mark.parametrize(
+    ("bound", "delta", "said"),
+    [
+        (1.00049, 1.2345644e-5, "(1.001, 1.23457e-05)"),
+        (9.9991, 1e-5, "(10, 1e-05)"),
+        (9.998, 3e-6, "(9.998, 3e-06)"),
+        (0.1, 0.1, "(0.1, 0.1)"),
+    ],
+)
+def test_what_is_said_of_epsilon_and_delta_is_rounded_up(bound, delta, said):
+    report = build_report(facts(delta=delta)) | {"epsilon": bound}
+    assert said in headline(report) and said in render(report)
+    given = report | {"epsilon": None, "epsilon_given_encoder": bound}
+    assert f"ε = {said[1:-1].replace(', ', ', δ = ')}." in headline(given)
+
+
+def test_a_mechanisms_own_epsilon_is_rounded_up():
+    report = build_report(facts())
+    report["mechanisms"][0]["epsilon_alone"] = 2.00049
+    assert "| 2.001 |" in render(report)

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 from pathlib import Path
 from typing import Any
 
@@ -247,13 +248,14 @@ def render(report: dict[str, Any]) -> str:
 
 def headline(report: dict[str, Any]) -> str:
     """The guarantee, or that there is none, in one sentence."""
-    bound, delta = report["epsilon"], report["delta"]
+    bound, delta = report["epsilon"], _rounded_up(report["delta"], 6)
     if bound is not None:
-        return f"The released decoder is ({bound:.4g}, {delta:g})-differentially private for every training record."
+        guarantee = f"({_rounded_up(bound)}, {delta})-differentially private"
+        return f"The released decoder is {guarantee} for every training record."
     given = report["epsilon_given_encoder"]
     if given is None:
         return "The released decoder is not private."
-    return f"No finite ε holds end to end. Given the encoder, updates have ε = {given:.4g}, δ = {delta:g}."
+    return f"No finite ε holds end to end. Given the encoder, updates have ε = {_rounded_up(given)}, δ = {delta}."
 
 
 def _noise_sentence(report: dict[str, Any]) -> str:
@@ -266,7 +268,12 @@ def _noise_sentence(report: dict[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "∞" if value is None else f"{value:.4g}"
+    return "∞" if value is None else _rounded_up(value)
+
+
+def _rounded_up(value: float, digits: int = 4) -> str:
+    """As few digits, and no less than holds."""
+    return f"{float(Context(prec=digits, rounding=ROUND_CEILING).create_decimal(repr(float(value)))):.{digits}g}"
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
