@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .config import DEFAULT_RECIPE, Config, ConfigError, load_config
+from .engine.accounting import Mechanism
 from .engine.audit import Check
 from .engine.gradients.plan import Plan
 from .engine.gradients.planning import plan_for
@@ -220,7 +221,7 @@ def train_decoder(stage: Stage, pretrained: Pretrained) -> Decoder:
     if mechanism is None:  # a stage 1 that had to be repeated has spent more than was planned
         planned, spent = stage.budget.stage1.values(), stage.run.ledger.spent()
         as_planned = set(spent) == set(planned) and len(spent) == len(planned)
-        mechanism = stage.budget.step if as_planned else calibrate_step(stage.config, len(stage.train), spent)
+        mechanism = stage.budget.step if as_planned else _step_after(stage, spent)
     mechanism = replace(mechanism, steps=stage.config.privacy.steps)
     noise = stage.keys.generator("latents")
     parts: dict[str, Stateful] = {"latents": GeneratorState(noise)}
@@ -238,6 +239,18 @@ def train_decoder(stage: Stage, pretrained: Pretrained) -> Decoder:
         on_step=lambda: None if average is None else average.update_parameters(decoder),
     )
     return decoder if average is None else cast(Decoder, average.module)
+
+
+def _step_after(stage: Stage, spent: Sequence[Mechanism]) -> Mechanism:
+    """DP-SGD on what a stage 1 that has drawn again left of the budget."""
+    try:
+        return calibrate_step(stage.config, len(stage.train), spent)
+    except ConfigError:
+        target = stage.config.privacy.target_epsilon
+        raise RunError(
+            f"stage 1 in {stage.run.path} was killed while it drew, and drew again, which leaves nothing of "
+            f"target_epsilon = {target:g}: nothing of it has been released, so delete that folder and train anew"
+        ) from None
 
 
 def sampler(decoder: Decoder, seed: int) -> Callable[[int], tuple[Tensor, Tensor | None]]:

@@ -162,6 +162,23 @@ def test_a_finished_run_can_be_resumed_and_spends_nothing_more(tmp_path):
         assert torch.equal(mine, other)
 
 
+def test_a_stage_1_that_drew_twice_and_leaves_no_budget_says_what_to_do(tmp_path, monkeypatch):
+    """Another target would be another configuration, which the folder refuses: there is no going on with it."""
+    settings = {"config": small.config(target_epsilon=10, test_fraction=0, seed=None), "out": tmp_path / "run"}
+
+    def killed(*_, **__):
+        raise Crash
+
+    monkeypatch.setattr("dp2vae_fast.vae.encoder.covariance", killed)
+    with pytest.raises(Crash):
+        Trainer(small.digits(), **settings).fit()
+    monkeypatch.undo()
+    with pytest.raises(RunError, match="delete that folder and train anew"):
+        Trainer(small.digits(), resume=True, **settings).fit()
+    shutil.rmtree(tmp_path / "run")
+    assert Trainer(small.digits(), **settings).fit().report["epsilon"] <= 10
+
+
 def test_other_data_are_refused(tmp_path):
     settings = small.SETTINGS | {"recipe": "digits", "test_fraction": 0, "out": tmp_path / "run"}
     Trainer(small.digits(), **settings).fit()
