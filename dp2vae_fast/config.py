@@ -21,7 +21,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import sys
 import typing
 from collections.abc import Callable, Mapping
@@ -40,6 +39,7 @@ ENGINES = ("fused", "opacus")
 COMPILE = ("none", "graph")
 DEFAULT_RECIPE = "digits"
 _LEAST_NOISE = 0.01
+_LEAST_CLIP = 1e-6  # what is divided by it must stay finite
 
 
 class ConfigError(ValueError):
@@ -239,8 +239,8 @@ def validate(config: Config) -> None:
     _check(privacy, "steps", lambda v: v >= 1, "at least 1")
     _check(privacy, "pretrain_steps", lambda v: v >= 1, "at least 1")
     _check(privacy, "pixel_center", lambda v: 0 <= v <= 1, "a grey level from 0 to 1")
-    _check(privacy, "mean_clip", lambda v: v > 0, "a positive number")
-    _check(privacy, "residual_clip", lambda v: v > 0, "a positive number")
+    for clip in ("mean_clip", "residual_clip"):
+        _check(privacy, clip, lambda v: v >= _LEAST_CLIP, f"at least {_LEAST_CLIP}, of pixels from 0 to 1")
     _check(privacy, "seed", lambda v: 0 <= v < 2**63, "a number from 0 to 2**63 - 1")
 
     _check(data, "image_size", lambda v: v >= 1, "at least 1")
@@ -373,7 +373,7 @@ def _parse_word(text: str) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 _SPELLED = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .config import DEFAULT_RECIPE, Config, ConfigError, load_config
+from .config import DEFAULT_RECIPE, Config, ConfigError, load_config, validate
 from .engine.accounting import Mechanism
 from .engine.audit import Check
 from .engine.gradients.plan import Plan
@@ -91,6 +91,7 @@ class Trainer:
         if isinstance(config, Config):
             if recipe is not None or settings:
                 raise ConfigError("a complete Config leaves no room for a recipe or settings: use dataclasses.replace")
+            validate(config)
             self.config = config
         else:
             if recipe is None and config is None:

@@ -71,6 +71,9 @@ def test_text_and_numbers_read_alike():
         ({"test_fraction": 1.0}, "test_fraction = 1"),
         ({"max_grad_nrom": 1.0}, "did you mean max_grad_norm"),
         ({"conditional": "perhaps"}, "expected true or false"),
+        ({"mean_clip": 1e-310}, "mean_clip = 1e-310"),
+        ({"residual_clip": 0.0}, "residual_clip = 0"),
+        ({"steps": 10**400}, "expected a whole number"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(settings, names):

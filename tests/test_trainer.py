@@ -6,7 +6,7 @@ import small
 import torch
 
 from dp2vae_fast import Trainer
-from dp2vae_fast.config import Config, ConfigError
+from dp2vae_fast.config import Config, ConfigError, PrivacyConfig
 from dp2vae_fast.engine.keystream import Keystream
 from dp2vae_fast.engine.precision import sum_rounding
 from dp2vae_fast.runs.checkpoint import RunError
@@ -79,6 +79,16 @@ def test_settings_are_named_once():
         Trainer(small.digits(), config=Config(), steps=3)
     assert Trainer(recipe="digits", steps=7).config.privacy.steps == 7
     assert Trainer("photos", recipe="images64").config.data.data == "photos"
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [{"noise_multiplier": 1.0}, {"target_delta": 2.0}, {"pixel_center": float("nan")}, {"encoder": "none"}],
+    ids=str,
+)
+def test_a_complete_configuration_is_checked_too(privacy):
+    with pytest.raises(ConfigError):
+        Trainer(small.digits(), config=Config(privacy=PrivacyConfig(**privacy)))
 
 
 @pytest.mark.parametrize("data", [torch.zeros(40, 1, 8, 8), np.zeros((40, 8, 8)), (torch.zeros(40, 1, 8, 8),), 42])
