@@ -7,6 +7,8 @@ import sys
 import pytest
 import small
 import torch
+from PIL import Image
+from safetensors import safe_open
 
 from dp2vae_fast import Trainer, load_decoder
 from dp2vae_fast.runs.checkpoint import RunError
@@ -14,6 +16,7 @@ from dp2vae_fast.vae.data import to_unit
 from dp2vae_fast.vae.latents import LatentCache
 from dp2vae_fast.vae.models import ModelSpec, build_decoder, build_encoder
 from dp2vae_fast.vae.release import sample_grid, save_decoder
+from dp2vae_fast.vae.report import headline
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,22 @@ def test_a_saved_decoder_loads_with_the_same_samples(run, tmp_path):
     assert torch.equal(*draws)
     with pytest.raises(RunError, match="already holds a run"):
         run.save(tmp_path / "run")
+
+
+@pytest.mark.filterwarnings("ignore:encoder = private:UserWarning")
+@pytest.mark.parametrize("encoder", ["linear", "private"])
+def test_every_file_that_is_released_says_what_is_guaranteed(encoder, tmp_path):
+    """Weights and pictures are passed on without their report."""
+    run = Trainer(small.digits(), config=small.config(encoder=encoder)).fit()
+    run.save(tmp_path / "run")
+    said = headline(run.report)
+    assert ("No finite ε" in said) == (encoder == "private")
+    with safe_open(tmp_path / "run" / "decoder.safetensors", "pt") as weights:
+        assert weights.metadata() == {"privacy": said}
+    with Image.open(tmp_path / "run" / "samples.png") as picture:
+        assert picture.info["privacy"] == said
+    with Image.open(tmp_path / "run" / "curator" / "real.png") as picture:
+        assert "curator only" in picture.info["privacy"]
 
 
 def test_a_released_decoder_needs_neither_training_code_nor_data(run, tmp_path):

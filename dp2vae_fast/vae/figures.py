@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -45,8 +46,10 @@ def image_grid(images: Tensor, columns: int, *, scale: int | None = None, gap: i
     return grid.permute(1, 2, 0).contiguous().numpy()
 
 
-def write_png(path: Path, array: np.ndarray) -> None:
+def write_png(path: Path, array: np.ndarray, privacy: str = "") -> None:
     """Write uint8 [H, W, C] with C = 1 or 3, or [H, W], as a PNG file, atomically.
+
+    ``privacy``: what is to be known of it, as a text of the file by this name.
 
     Raises ``ValueError`` for another shape or dtype.
     """
@@ -54,8 +57,10 @@ def write_png(path: Path, array: np.ndarray) -> None:
     if array.dtype != np.uint8 or array.size == 0 or not (pixels.ndim == 2 or array.shape[2:] == (3,)):
         got = f"{array.dtype} {list(array.shape)}"
         raise ValueError(f"{path}: a PNG is written from uint8 [H, W, C] with C = 1 or 3, but got {got}")
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    write_atomic(path, lambda file: picture.save(file, format="PNG"))
+    picture, texts = Image.fromarray(np.ascontiguousarray(pixels)), PngInfo()
+    if privacy:
+        texts.add_itxt("privacy", privacy)
+    write_atomic(path, lambda file: picture.save(file, format="PNG", pnginfo=texts))
 
 
 def plot_curves(rows: Sequence[Mapping[str, float | None]], path: Path) -> None:

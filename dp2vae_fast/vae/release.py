@@ -18,17 +18,21 @@ from ..runs.checkpoint import RunError, write_atomic, write_json, write_text
 from .data import ImageData, to_pixels
 from .figures import image_grid, plot_curves, write_png
 from .models import Decoder, ModelError, ModelSpec, build_decoder
-from .report import write_report
+from .report import headline, write_report
 
 _PER_CLASS = 10
 _UNLABELLED = 64
+_RECORDS = "training records: for the curator only"
 
 
-def save_decoder(decoder: Decoder, folder: Path) -> None:
-    """Write ``decoder.json`` (what it is built from) and ``decoder.safetensors`` (its weights), each atomically."""
+def save_decoder(decoder: Decoder, folder: Path, privacy: str = "") -> None:
+    """Write ``decoder.json`` (what it is built from) and ``decoder.safetensors`` (its weights), each atomically.
+
+    ``privacy``: what is guaranteed of the weights, as metadata of their file by this name.
+    """
     write_json(folder / "decoder.json", asdict(decoder.spec))
     state = {name: value.detach().cpu().contiguous() for name, value in decoder.state_dict().items()}
-    write_atomic(folder / "decoder.safetensors", lambda file: file.write(save(state)))
+    write_atomic(folder / "decoder.safetensors", lambda file: file.write(save(state, {"privacy": privacy})))
 
 
 def load_decoder(folder: str | Path) -> Decoder:
@@ -51,14 +55,15 @@ def load_decoder(folder: str | Path) -> Decoder:
 def save_release(folder: Path, decoder: Decoder, report: dict[str, Any], metrics: dict[str, Any] | None) -> None:
     """Write what stands outside ``curator/``: the release, and the metrics beside it.
 
-    The decoder comes last, so that none is ever without its report.
+    The decoder comes last, so that none is ever without its report. Weights and picture carry the guarantee, or that
+    there is none, in one sentence: files are passed on singly.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_report(report, folder)
     if metrics is not None:
         write_json(folder / "metrics.json", metrics)
-    write_png(folder / "samples.png", sample_grid(decoder))
-    save_decoder(decoder, folder)
+    write_png(folder / "samples.png", sample_grid(decoder), headline(report))
+    save_decoder(decoder, folder, headline(report))
 
 
 def sample_grid(decoder: Decoder) -> np.ndarray:
@@ -75,7 +80,7 @@ def sample_grid(decoder: Decoder) -> np.ndarray:
 def save_for_curator(folder: Path, train: ImageData, history: list[dict[str, Any]]) -> None:
     """Write what no guarantee covers: pictures of records, and losses that are not noised."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_png(folder / "real.png", image_grid(train.images[:_UNLABELLED], columns=8))
+    write_png(folder / "real.png", image_grid(train.images[:_UNLABELLED], columns=8), _RECORDS)
     if history:
         table = io.StringIO()
         writer = csv.DictWriter(table, fieldnames=list(history[0]))
