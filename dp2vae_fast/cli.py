@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import numpy as np
 import torch
@@ -100,14 +100,16 @@ def train(
     features = features or ["cnn"]
     for wanted in features:
         require_feature_network(wanted)
-    with _Bars() as bars:
-        run = Trainer(config=complete, out=out, resume=resume, observer=bars.hear)
-        try:
-            run.fit()
-        except KeyboardInterrupt as stop:
-            _err.print(f"stopped; to go on: dp2vae train --resume --out {out}", soft_wrap=True)
-            raise typer.Exit(128 + (stop.signal if isinstance(stop, Stopped) else signal.SIGINT)) from None
-    run.save(out)
+    way_on = f"dp2vae train --resume --out {out}"
+    try:
+        with _Bars() as bars:
+            run = Trainer(config=complete, out=out, resume=resume, observer=bars.hear).fit()
+        run.save(out)
+    except KeyboardInterrupt as stop:
+        _err.print(f"stopped; to go on: {way_on}", soft_wrap=True)
+        raise typer.Exit(_code(stop)) from None
+    except OSError as error:
+        raise RunError(f"cannot write into {out}: {_reason(error)}; once that is mended: {way_on}") from error
     _print_result(out, run.report)
     if evaluate:
         _measure(out, lambda: run.evaluate(features))
@@ -194,11 +196,17 @@ def audit(
         if recipe or config or set(chosen) - {"data", "seed", "device"}:
             raise ConfigError(f"{run} has its own configuration: only --data, --seed and --device can be changed")
         complete, _ = _of_run(run, chosen)
-    with _Bars() as bars:
-        checks = Trainer(config=complete, observer=bars.hear).audit(canaries)
-    if run is not None:
-        write_audit(run, checks)
-    _print_checks(checks)
+    try:
+        with _Bars() as bars:
+            checks = Trainer(config=complete, observer=bars.hear).audit(canaries)
+    except KeyboardInterrupt as stop:
+        _err.print("stopped: nothing has been audited", soft_wrap=True)
+        raise typer.Exit(_code(stop)) from None
+    try:
+        if run is not None:
+            write_audit(run, checks)
+    finally:  # what took minutes is shown even where it cannot be written
+        _print_checks(checks)
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
 
@@ -246,8 +254,28 @@ def main() -> None:
     try:
         app()
     except (ConfigError, DataError, EvaluationError, ModelError, RunError) as error:
-        _err.print(f"dp2vae: error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        _fail(_reason(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        _fail("memory is too short: take fewer images, or a smaller width, latent_dim or physical_batch_size")
+
+
+def _fail(message: str) -> NoReturn:
+    _err.print(f"dp2vae: error: {message}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+def _reason(error: OSError) -> str:
+    """In one line, with the file where the error names one."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+
+
+def _code(stop: KeyboardInterrupt) -> int:
+    """Exit code of a command that a signal has ended."""
+    return 128 + (stop.signal if isinstance(stop, Stopped) else signal.SIGINT)
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -426,8 +454,10 @@ def _measure(folder: Path, measured: Callable[[], dict[str, Any]]) -> None:
     except KeyboardInterrupt:
         _err.print(f"stopped; the release is in {folder}, dp2vae evaluate {folder} measures it", soft_wrap=True)
         raise typer.Exit(130) from None
-    write_json(folder / "metrics.json", metrics)
-    _print_metrics(metrics)
+    try:
+        write_json(folder / "metrics.json", metrics)
+    finally:
+        _print_metrics(metrics)
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from dp2vae_fast.engine.keystream import Stream
 from dp2vae_fast.engine.sampling import PoissonBatches
 from dp2vae_fast.engine.update import FusedUpdate
 from dp2vae_fast.runs.checkpoint import RunError
+from dp2vae_fast.runs.interrupt import Stopped
 from dp2vae_fast.trainer import Trainer
 from dp2vae_fast.vae import audit, encoder, loop, moments
 from dp2vae_fast.vae.audit import audit_run, verdict, write_audit
@@ -259,6 +260,12 @@ def test_a_verdict_has_no_figure_and_the_report_carries_it(tmp_path):
         (tmp_path / "run" / "curator" / "audit.json").write_text(damaged)
         with pytest.raises(RunError, match=r"audit\.json cannot be read as an audit: delete it"):
             Trainer(small.digits(), resume=True, **settings).fit()
+    (tmp_path / "run" / "curator" / "audit.json").unlink()
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / "run" / "privacy.json").write_text(damaged)
+        with pytest.raises(RunError, match=r"privacy\.json cannot be read as a report: train --resume writes it anew"):
+            write_audit(tmp_path / "run", checks)
+    assert Trainer(small.digits(), resume=True, **settings).fit().report["audit"] == "failed: two, three"
 
 
 def test_the_command_audits_a_configuration_and_a_run(tmp_path, capsys, monkeypatch):
@@ -282,3 +289,13 @@ def test_the_command_audits_a_configuration_and_a_run(tmp_path, capsys, monkeypa
     ):
         code, _, err = in_process(capsys, monkeypatch, "audit", *arguments)
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_an_audit_stops_between_two_steps():
+    settings = small.config()
+    stage = small.stage(small.digits(), settings)
+    subject = audit.stage_2(stage, encoder.pretrain(stage), canaries=1)
+    subject.take_step(subject.ordinary)
+    stage.stop._note(2, None)
+    with pytest.raises(Stopped):
+        subject.take_step(subject.ordinary)

@@ -15,9 +15,12 @@ from PIL import Image
 
 from dp2vae_fast import Trainer, backends_table, load_decoder, trainer
 from dp2vae_fast.config import ConfigError
+from dp2vae_fast.engine.audit import Check
 from dp2vae_fast.runs import folder as run_folder
+from dp2vae_fast.runs.interrupt import Stopped
 from dp2vae_fast.runs.ledger import Ledger
 from dp2vae_fast.vae.classifiers import EvaluationError
+from dp2vae_fast.vae.models import Decoder
 
 TIMEOUT = 300
 
@@ -111,6 +114,8 @@ MISTAKES = {
         lambda t: ["--features", (t / "net.pt").write_text("x") and t / "net.pt"],
         "net.pt is not a TorchScript file",
     ),
+    "output of too long a name": (lambda t: ["--out", t / (300 * "a")], "File name too long"),
+    "home of nobody": (lambda t: ["--data", "~nobody-at-all/photos"], "does not exist"),
     "output below a file": (lambda t: ["--out", (t / "file").write_text("x") and t / "file" / "run"], "cannot write"),
     "public encoder missing": (lambda t: ["--encoder", "public"], "needs public_encoder"),
 }
@@ -327,6 +332,60 @@ def test_the_release_is_written_before_it_is_measured(error, code, message, tmp_
     load_decoder(out)
     if code == 130:
         assert f"the release is in {out}" in err.splitlines()[-1]
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, capsys, monkeypatch):
+    save = run_folder.save_checkpoint
+
+    def full(path, state):
+        if path.name == "DP-SGD.pt":
+            raise OSError(28, "No space left on device")
+        save(path, state)
+
+    arguments = ["train", "--out", tmp_path / "run", *small.FLAGS, "--epsilon", 5, "--no-evaluate"]
+    with monkeypatch.context() as broken:
+        broken.setattr(run_folder, "save_checkpoint", full)
+        code, _, err = in_process(capsys, broken, *arguments)
+    assert code == 2 and "No space left on device; once that is mended" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert in_process(capsys, monkeypatch, *arguments, "--resume")[0] == 0
+
+
+def test_what_was_measured_is_shown_where_it_cannot_be_written(finished, capsys, monkeypatch):
+    def refused(*_):
+        raise OSError(30, "Read-only file system", "metrics.json")
+
+    monkeypatch.setattr("dp2vae_fast.cli.write_json", refused)
+    monkeypatch.setattr("dp2vae_fast.cli.write_audit", refused)
+    monkeypatch.setattr(Trainer, "audit", lambda self, canaries: [Check("divisor", 0.0, 1.0, "fine")])
+    for command, shown in (("evaluate", "cnn accuracy"), ("audit", "divisor")):
+        code, printed, err = in_process(capsys, monkeypatch, command, finished[0])
+        assert code == 2 and shown in printed
+        assert err.endswith("dp2vae: error: metrics.json: Read-only file system\n")
+
+
+def test_too_little_memory_is_one_line_other_errors_of_pytorch_are_not(finished, capsys, monkeypatch):
+    def failing(message):
+        def sample(*_, **__):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(Decoder, "sample", sample)
+        return in_process(capsys, monkeypatch, "sample", finished[0])
+
+    code, _, err = failing("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+    assert code == 2 and err.count("\n") == 1
+    assert err.startswith("dp2vae: error: memory is too short: take fewer images")
+    with pytest.raises(RuntimeError, match="a bug"):
+        failing("a bug")
+
+
+def test_an_audit_that_is_stopped_has_not_failed(capsys, monkeypatch):
+    def stopped(*_):
+        raise Stopped(15)
+
+    monkeypatch.setattr(Trainer, "audit", stopped)
+    code, _, err = in_process(capsys, monkeypatch, "audit")
+    assert code == 143 and err == "stopped: nothing has been audited\n"
 
 
 def test_evaluate_refuses_other_records_than_the_runs(finished, capsys, monkeypatch, tmp_path):

@@ -157,7 +157,7 @@ def _is_identity(known: Any) -> bool:
 def data_sources(config: Config) -> list[Path]:
     """Files and folders that a run reads its images from."""
     named = (config.data.data, config.privacy.public_encoder)
-    return [Path(source).expanduser() for source in named if source and source != "digits"]
+    return [Path(os.path.expanduser(source)) for source in named if source and source != "digits"]
 
 
 def holds_run(path: Path) -> bool:

@@ -23,7 +23,7 @@ from ..config import ConfigError
 from ..engine.audit import Check, audit_subject
 from ..engine.audit.released import Released, Subject
 from ..engine.sampling import PoissonBatches
-from ..runs.checkpoint import write_json
+from ..runs.checkpoint import RunError, write_json
 from .data import ImageData, make_image_data
 from .encoder import Pretrained, pretrain
 from .held import Held
@@ -145,6 +145,7 @@ def stage_2(stage: Stage, pretrained: Pretrained, *, canaries: int) -> Subject:
     hostile = torch.arange(ordinary, ordinary + len(crafted))
 
     def take_step(indices: Tensor) -> None:
+        stage.stop.obey()
         step_on(private_module, private_optimizer, losses, batches.split(indices), stage.device)
 
     return Subject(
@@ -199,5 +200,10 @@ def write_audit(folder: Path, checks: Sequence[Check]) -> None:
         },
     )
     if (folder / "privacy.json").exists():
-        report = json.loads((folder / "privacy.json").read_text(encoding="utf-8"))
-        write_report(report | {"audit": verdict(checks)}, folder)
+        try:
+            report = json.loads((folder / "privacy.json").read_text(encoding="utf-8"))
+            write_report(report | {"audit": verdict(checks)}, folder)
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{folder / 'privacy.json'} cannot be read as a report: train --resume writes it anew, with the verdict"
+            ) from error

@@ -9,6 +9,7 @@ its ``lineage``, which records an encoder may know: those of its run, and all th
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,11 +116,11 @@ def _fit_dp(stage: Stage) -> Pretrained:
 
 def _fit_public(stage: Stage) -> Pretrained:
     """An encoder from a checkpoint or a public data set that the user names; the decoder starts at the DP means."""
-    source = stage.config.privacy.public_encoder or ""
+    source = os.path.expanduser(stage.config.privacy.public_encoder or "")
     if source.endswith(".pt"):
         encoder, lineage = _read_encoder(stage, Path(source))
     else:
-        _refuse_run_folder(Path(source).expanduser().resolve())
+        _refuse_run_folder(Path(source).resolve())
         data = load_images(source, image_size=stage.config.data.image_size, channels=stage.spec.image_shape[0])
         lineage = frozenset(record_digests(data))
         _require_public(stage, lineage, source)

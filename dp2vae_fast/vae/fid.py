@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ def require_feature_network(wanted: str) -> tuple[str, nn.Module] | None:
     if wanted == "cnn":
         return None
     kind, _, file = wanted.partition(":")
-    path = Path(file if kind == "inception" else wanted).expanduser()
+    path = Path(os.path.expanduser(file if kind == "inception" else wanted))
     if not path.is_file():
         raise EvaluationError(f'there is no file for the feature network "{wanted}": {KINDS}')
     if kind == "inception":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def load_images(
     wanted = Wanted(image_size, channels, split, num_classes)
     if source == "digits":
         return _digits(wanted)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # as it is, where there is no such user
     try:
         return _read(path, wanted)
     except DataError:
