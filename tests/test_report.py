@@ -64,6 +64,7 @@ def test_the_keys_that_others_rely_on_are_there(report):
     keys = {"epsilon", "delta", "neighbouring", "encoder", "end_to_end", "statement", "mechanisms", "noise_source"}
     assert keys <= set(report)
     assert report["neighbouring"] == "add/remove one record" and report["noise_source"] == "seeded"
+    assert any("other runs" in sentence for sentence in report["not_claimed"])
     assert sum(m["share"] for m in report["mechanisms"]) == pytest.approx(1)
     json.dumps(report, allow_nan=False)
 

@@ -43,6 +43,8 @@ _COMPOSITION = "all mechanisms of all stages together"
 NO_CLAIM = (
     "no claim is made against floating-point attacks",
     "checkpoints, loss curves and everything else under curator/ are not covered and must not be released",
+    "other runs on the same records are not counted here: each release adds what it spent, and so does a choice of "
+    "settings, or of a run among several, by results on these records",
 )
 
 
