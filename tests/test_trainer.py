@@ -45,7 +45,8 @@ def test_variants_train_and_sample(settings):
     steps = [h for h in heard if h.stage == "DP-SGD"]
     assert [h.step for h in steps] == list(range(1, 7))
     if settings.get("encoder") == "private":
-        assert run.report["epsilon"] is None
+        assert run.report["epsilon"] is None and steps[-1].epsilon == float("inf")
+        assert not any(row["epsilon"] for row in run.history)
     else:
         assert steps[-1].epsilon == pytest.approx(run.report["epsilon"])
     assert len(run.history) == sum(h.stage.startswith("DP-SGD") for h in heard)

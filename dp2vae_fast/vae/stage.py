@@ -87,8 +87,10 @@ class Stage:
         return self.train.labels if self.spec.num_classes else None
 
     def spent_epsilon(self) -> float:
-        """Epsilon of everything that the ledger counts so far."""
+        """Epsilon of everything that the ledger counts so far; infinite where the encoder was fitted without noise."""
         privacy = self.config.privacy
+        if privacy.encoder == "private":
+            return math.inf
         return epsilon(self.run.ledger.spent(), privacy.target_delta, privacy.accountant)
 
     def require_spent(self, file: str, name: str, steps: int) -> None:
