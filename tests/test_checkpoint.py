@@ -163,7 +163,7 @@ def test_two_processes_cannot_share_a_ledger(path):
 def test_a_mechanism_cannot_change_under_its_name(path):
     ledger = Ledger(path)
     ledger.reserve(STEPS, 1, last=100)
-    with pytest.raises(RunError, match="choose another name"):
+    with pytest.raises(RunError, match="at another noise or rate"):
         ledger.reserve(Mechanism("DP-SGD", 0.5, 0.1, 100), 2, last=100)
 
 

@@ -109,7 +109,10 @@ class Ledger:
             mechanism.noise_multiplier,
             mechanism.sample_rate,
         ):
-            raise RunError(f"the ledger holds steps of {mechanism.name} at another noise or rate: choose another name")
+            raise RunError(
+                f"the ledger holds steps of {mechanism.name} at another noise or rate, as another version plans them: "
+                "go on with that one, or train into a new folder"
+            )
         if step > self.steps(mechanism.name):
             block = -(-step // BLOCK) * BLOCK
             self._append(_spend(mechanism, max(step, min(block, last or step))))
