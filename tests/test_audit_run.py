@@ -20,6 +20,7 @@ from dp2vae_fast.vae import audit, encoder, loop, moments
 from dp2vae_fast.vae.audit import audit_run, verdict, write_audit
 from dp2vae_fast.vae.data import load_images, make_image_data
 from dp2vae_fast.vae.encoder import MODES, EncoderMode
+from dp2vae_fast.vae.latents import LatentCache
 from dp2vae_fast.vae.stage import plan_of
 
 ENGINE = ["contribution", "neighbours", "divisor", "noise", "sampler", "one-run epsilon"]
@@ -116,6 +117,20 @@ def test_a_first_decoder_that_knows_the_records(monkeypatch):
     monkeypatch.setattr(encoder, "_warm_started", peeking)
     checks = audited()
     assert failed(checks) == ["encoder shift"] and "first decoder shifts" in checks["encoder shift"].explanation
+
+
+def test_latents_that_are_scaled_by_all_records(monkeypatch):
+    """No encoder is fitted without noise, and yet every latent knows every record."""
+    build = LatentCache.build
+
+    def standardised(*args):
+        cache = build(*args)
+        cache.values[:, 0] -= cache.values[:, 0].mean(0)
+        return cache
+
+    monkeypatch.setattr(LatentCache, "build", staticmethod(standardised))
+    checks = audited()
+    assert failed(checks) == ["encoder shift"] and checks["encoder shift"].measured > 1e-4
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.9])

@@ -88,8 +88,8 @@ def encoder_shift(stage: Stage, one: Pretrained, other: Pretrained) -> Check:
     """
     batch = torch.arange(min(_BATCH, len(stage.train)))
     sums = []
-    for pretrained in (one, other):
-        released = Released(stage_2(stage, pretrained, canaries=1))
+    for pretrained, beside in ((one, None), (other, with_canary(stage.train).images[-1:])):
+        released = Released(stage_2(stage, pretrained, canaries=1, beside=beside))
         sums.append(released(batch) / released.sensitivity())
     shift = float((sums[0] - sums[1]).norm())
     weights = zip(one.decoder.state_dict().values(), other.decoder.state_dict().values(), strict=True)
@@ -106,18 +106,20 @@ def encoder_shift(stage: Stage, one: Pretrained, other: Pretrained) -> Check:
 # Stage 2 -----------------------------------------------------------------------------------------------------------
 
 
-def stage_2(stage: Stage, pretrained: Pretrained, *, canaries: int) -> Subject:
+def stage_2(stage: Stage, pretrained: Pretrained, *, canaries: int, beside: Tensor | None = None) -> Subject:
     """DP-SGD of stage 2 as an audit's subject: the decoder, loss, step and sampler of training.
 
     The pool of records: training records, images and latents that are extreme, and canaries of random black and white
     pixels. Posteriors have next to no variance, so that a record is the same wherever it stands in a batch.
+    ``beside``, an image ``[1, C, H, W]``, stands for the duplicate of the first record among them where it is given.
     """
     config, privacy, train = stage.config, stage.config.privacy, stage.train
     ordinary = min(max(_ORDINARY, _BATCH), len(train))
     images, labels = train.images[:ordinary], None if train.labels is None else train.labels[:ordinary]
     generator = torch.Generator().manual_seed(privacy.seed or 0)
     crafted = [torch.full_like(images[:1], 0), torch.full_like(images[:1], 255), _dot(images[:1])]
-    crafted += [images[:1]] * (1 + len(_HOSTILE_LATENTS))  # a duplicate, and rows whose latents are made up
+    crafted += [images[:1] if beside is None else beside]
+    crafted += [images[:1]] * len(_HOSTILE_LATENTS)  # their latents are made up
     black_and_white = 255 * torch.randint(2, (canaries, *train.image_shape), generator=generator, dtype=torch.uint8)
     if labels is not None:
         classes = labels[torch.randint(len(labels), (canaries,), generator=generator)]
