@@ -179,6 +179,15 @@ def test_a_stage_1_that_drew_twice_and_leaves_no_budget_says_what_to_do(tmp_path
     assert Trainer(small.digits(), **settings).fit().report["epsilon"] <= 10
 
 
+def test_steps_that_a_process_took_with_it_are_said_to_be_lost(tmp_path):
+    """They are counted all the same: without a word, a run without its last checkpoint would be released untrained."""
+    settings = {"config": small.config(test_fraction=0, seed=None), "out": tmp_path / "run"}
+    Trainer(small.digits(), **settings).fit()
+    (tmp_path / "run" / "curator" / "DP-SGD.pt").unlink()
+    with pytest.warns(UserWarning, match="6 steps of DP-SGD count as spent and are lost .* 0 of 6 are left"):
+        Trainer(small.digits(), resume=True, **settings).fit()
+
+
 def test_other_data_are_refused(tmp_path):
     settings = small.SETTINGS | {"recipe": "digits", "test_fraction": 0, "out": tmp_path / "run"}
     Trainer(small.digits(), **settings).fit()

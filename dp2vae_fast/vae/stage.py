@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -158,6 +159,12 @@ class Stage:
         self.require_spent(file, mechanism.name, done)
         first_step = max(done, ledger.steps_before_key(mechanism.name))
         dp = self.step_mechanism(mechanism, rows_per_record)
+        if first_step > done:
+            warnings.warn(
+                f"{first_step - done} steps of {dp.name} count as spent and are lost with the process that drew them: "
+                f"{dp.steps - first_step} of {dp.steps} are left to train",
+                stacklevel=2,
+            )
 
         def after(info: StepInfo) -> None:
             on_step()
