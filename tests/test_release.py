@@ -1,6 +1,7 @@
 """What is released can be used alone; the latent cache is trusted only when it is whole."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -47,6 +48,20 @@ def test_every_file_that_is_released_says_what_is_guaranteed(encoder, tmp_path):
         assert picture.info["privacy"] == said
     with Image.open(tmp_path / "run" / "curator" / "real.png") as picture:
         assert "curator only" in picture.info["privacy"]
+
+
+def test_no_other_user_reads_what_is_the_curators(run, tmp_path):
+    run.save(tmp_path / "saved")
+    Trainer(small.digits(), config=small.config(), out=tmp_path / "trained").fit()
+    for name in ("saved", "trained"):
+        assert (tmp_path / name / "curator").stat().st_mode & 0o077 == 0
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o777 & ~umask()
+
+
+def umask():
+    now = os.umask(0)
+    os.umask(now)
+    return now
 
 
 def test_a_released_decoder_needs_neither_training_code_nor_data(run, tmp_path):

@@ -191,7 +191,7 @@ def _make_folder(folder: Path) -> list[Path]:
     """Create ``folder`` and its parents; returns those that were missing, innermost first."""
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)  # parents are as usual
     except OSError as error:
         _remove_empty(missing)
         raise RunError(f"cannot write into {folder.parent}: {error.strerror}") from error

@@ -78,8 +78,8 @@ def sample_grid(decoder: Decoder) -> np.ndarray:
 
 
 def save_for_curator(folder: Path, train: ImageData, history: list[dict[str, Any]]) -> None:
-    """Write what no guarantee covers: pictures of records, and losses that are not noised."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write what no guarantee covers, for one user alone: pictures of records, and losses that are not noised."""
+    folder.mkdir(0o700, parents=True, exist_ok=True)
     write_png(folder / "real.png", image_grid(train.images[:_UNLABELLED], columns=8), _RECORDS)
     if history:
         table = io.StringIO()
