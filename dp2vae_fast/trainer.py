@@ -304,6 +304,12 @@ def _doubts(config: Config, dataset_size: int) -> list[str]:
             f"delta = {privacy.target_delta:g} is not below one over the number of records ({dataset_size}): such a "
             "guarantee allows a record to be published outright"
         )
+    exceeded = privacy.steps * 2.0**-64  # see engine.precision.records_at_most
+    if privacy.target_delta < 1000 * exceeded:
+        doubts.append(
+            f"delta = {privacy.target_delta:g} is hardly above {exceeded:.1g}, the probability that a draw has more "
+            "records than its rounding is counted for, which adds to it: choose a larger one"
+        )
     if privacy.encoder == "private":
         doubts.append("encoder = private gives no end-to-end guarantee: choose linear, dp or public for one")
     if privacy.noise_multiplier == 0:

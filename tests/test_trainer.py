@@ -11,7 +11,7 @@ from dp2vae_fast.engine.keystream import Keystream
 from dp2vae_fast.engine.precision import sum_rounding
 from dp2vae_fast.runs.checkpoint import RunError
 from dp2vae_fast.runs.keys import RunKeys
-from dp2vae_fast.trainer import sampler
+from dp2vae_fast.trainer import _doubts, sampler
 from dp2vae_fast.vae.classifiers import logreg_accuracy
 from dp2vae_fast.vae.data import DataError, make_image_data
 from dp2vae_fast.vae.encoder import pretrain
@@ -146,3 +146,9 @@ def test_samples_of_the_demo_train_a_classifier():
     images, labels = sampler(run.decoder, seed=0)(5000)
     assert 9.9 < run.report["epsilon"] <= 10 and labels is not None
     assert logreg_accuracy(images, labels, run.test_data, num_classes=10) > 0.91
+
+
+@pytest.mark.parametrize(("delta", "doubted"), [(1e-16, True), (1e-12, False)])
+def test_a_delta_among_what_is_left_out_of_it_is_a_doubt(delta, doubted):
+    """2^-64 a step, by which the rounding of a sum is counted for too few records."""
+    assert any("adds to it" in doubt for doubt in _doubts(small.config(target_delta=delta), 200)) == doubted
