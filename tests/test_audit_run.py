@@ -270,6 +270,8 @@ def test_a_verdict_has_no_figure_and_the_report_carries_it(tmp_path):
     assert report == run.report | {"audit": "failed: two, three"}
     assert "Audit: failed: two, three." in (tmp_path / "run" / "privacy.md").read_text()
     assert verdict(checks[:1]) == "passed: one"
+    idle = Check("idle", 0.0, 1.0, "nothing can be told", can_fail=False)
+    assert verdict([*checks[:1], idle]) == "passed: one; could not fail: idle"
     assert Trainer(small.digits(), resume=True, **settings).fit().report["audit"] == "failed: two, three"
     for damaged in ("{", "[]", "{}"):
         (tmp_path / "run" / "curator" / "audit.json").write_text(damaged)

@@ -187,7 +187,10 @@ def _as_data(like: ImageData, images: Tensor, labels: Tensor | None) -> ImageDat
 def verdict(checks: Sequence[Check]) -> str:
     """One sentence for the report, without a figure."""
     failed = [check.name for check in checks if not check.passed]
-    return f"failed: {', '.join(failed)}" if failed else f"passed: {', '.join(check.name for check in checks)}"
+    idle = [check.name for check in checks if not check.can_fail]
+    passed = [check.name for check in checks if check.passed and check.can_fail]
+    said = f"failed: {', '.join(failed)}" if failed else f"passed: {', '.join(passed)}"
+    return said + (f"; could not fail: {', '.join(idle)}" if idle else "")
 
 
 def write_audit(folder: Path, checks: Sequence[Check]) -> None:
