@@ -210,7 +210,8 @@ def test_zero_grad_forgets_a_replayed_batch():
 def test_two_steps_on_one_draw_are_accounted_together_when_replayed_too():
     def spent(capture: bool, steps: int) -> float:
         engine, _, module, optimizer, loader = make(None)
-        loader.draws.drawn_on_demand = False  # as with workers: nobody says how many records a draw has
+        given = loader.draws.next_in_use
+        loader.draws.next_in_use = lambda size: given(8)  # whatever was drawn, it is as large as the batch below
         batches, x = CapturedBatches(optimizer, losses_of(module)), torch.randn(8, 1, 8, 8)
         for _ in range(2):
             for _ in loader:

@@ -208,10 +208,11 @@ def test_augmentations_summed_by_hand_are_refused():
 # Batches that are of no draw, or not of its records ---------------------------------------------------
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kept", ["list", "cycle"])
-def test_batches_kept_beyond_their_pass_are_refused(kept: str):
+def test_batches_kept_beyond_their_pass_are_refused(kept: str, workers: int):
     """Each use would be counted as a draw of its own."""
-    engine, _, module, optimizer, loader = private(None, noise=1.0)
+    engine, _, module, optimizer, loader = private(None, noise=1.0, workers=workers)
     with pytest.raises(ValueError, match="of no draw in use"):
         for (batch,) in list(loader) if kept == "list" else itertools.cycle(loader):
             backward(module, batch)
@@ -220,23 +221,57 @@ def test_batches_kept_beyond_their_pass_are_refused(kept: str):
     assert sum(steps for _, _, steps in engine.accountant.history) == (0 if kept == "list" else len(loader))
 
 
-def test_batches_of_the_loader_of_before_are_refused():
-    _, _, module, optimizer, loader = private(None)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_of_the_loader_of_before_are_refused(workers: int):
+    _, _, module, optimizer, loader = private(None, workers=workers)
     with pytest.raises(ValueError, match="of no draw in use"):
         for (batch,) in DataLoader(loader.dataset, batch_size=8, shuffle=True):
             backward(module, batch)
             optimizer.step()
 
 
-def test_a_draw_in_parts_with_one_backward_pass_is_refused():
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_draw_in_parts_with_one_backward_pass_is_refused(workers: int):
     """Row i of each part would be taken for the same record."""
-    _, model, module, optimizer, loader = private(None, batch_size=N)
+    _, model, module, optimizer, loader = private(None, batch_size=N, workers=workers)
     before = model.weight.detach().clone()
     (batch,) = next(iter(loader))
     record_loss(torch.cat([module(part) for part in batch.chunk(2)])).sum().backward()
     with pytest.raises(ValueError, match=f"{N // 2} gradients in a step on a draw of {N} records"):
         optimizer.step()
     assert torch.equal(before, model.weight) and not optimizer._sums
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("split", [False, True])
+def test_rows_beside_the_records_are_refused(split: bool, workers: int):
+    """Another view of each, or as many made-up rows, in one tensor: a record would count twice."""
+    _, model, module, optimizer, loader = private(None, batch_size=N, workers=workers)
+    before = model.weight.detach().clone()
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=N, optimizer=optimizer) as whole:
+        (batch,) = next(iter(whole if split else loader))
+    backward(module, torch.cat([batch, batch.flip(1)]))
+    with pytest.raises(ValueError, match=f"{2 * N} gradients in one step on a draw of {N} records"):
+        optimizer.step()
+    assert torch.equal(before, model.weight) and not optimizer._sums
+
+
+def test_a_batch_of_another_optimizers_memory_manager_is_refused():
+    """Its parts are no draws, and whose end they are nobody tells."""
+    engine, _, module, first, loader = private(None, batch_size=N, workers=1)
+    _, optimizer, _ = engine.make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=1.0),
+        data_loader=DataLoader(loader.dataset, batch_size=N, num_workers=1),
+        noise_multiplier=0.0,
+        max_grad_norm=1.0,
+        loss_reduction="sum",
+    )
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=5, optimizer=first) as split:
+        (batch,) = next(iter(split))
+    backward(module, batch)
+    with pytest.raises(ValueError, match="of no draw in use"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("classes", [5, N + 5])

@@ -155,20 +155,23 @@ class PoissonDataLoader(DataLoader):
     def __iter__(self) -> Any:
         batches, sampler = super().__iter__(), self.batch_sampler  # which has begun a pass of the sampler
         self._pass = this = object()
+        ahead = self.draws.ahead  # with workers, of this pass
         if isinstance(sampler, PhysicalBatchSampler):
-            return self._padded_batches(batches, sampler.parts, sampler.physical_batch_size, this)
-        return self._counted(batches)
+            return self._padded_batches(batches, sampler.parts, ahead, sampler.physical_batch_size, this)
+        return self._counted(batches, ahead)
 
     # Workers fetch ahead: what a batch consists of is told when it is yielded, not when it was drawn.
 
-    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _counted(self, batches: Iterator[Any], ahead: deque[int]) -> Iterator[Any]:
         for batch in batches:
             if not self.draws.drawn_on_demand:
-                self.draws.next_in_use()
+                self.draws.next_in_use(ahead.popleft())
             yield batch
         self.draws.in_use = None
 
-    def _padded_batches(self, batches: Iterator[Any], parts: deque[Part], rows: int, this: object) -> Iterator[Any]:
+    def _padded_batches(
+        self, batches: Iterator[Any], parts: deque[Part], ahead: deque[int], rows: int, this: object
+    ) -> Iterator[Any]:
         for batch in batches:
             if self._pass is not this:
                 raise RuntimeError(
@@ -180,7 +183,7 @@ class PoissonDataLoader(DataLoader):
             if self.on_batch is not None:
                 self.on_batch(self.mask, part.first, part.last)
             if part.first and not self.draws.drawn_on_demand:
-                self.draws.next_in_use()
+                self.draws.next_in_use(ahead.popleft())
             yield batch
         self.draws.in_use = None
 

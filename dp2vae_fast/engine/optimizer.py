@@ -248,7 +248,7 @@ class DPOptimizer(OpacusDPOptimizer):
         if self.capture.grad_accumulation_allowed:
             return
         try:
-            self.pending.check()
+            self.pending.check(signalled=bool(self._step_skip_queue))
         except ValueError:
             self.capture.drop(self.params)
             raise
@@ -377,6 +377,7 @@ class DPOptimizer(OpacusDPOptimizer):
         self._check_settings()
         self.clip_and_accumulate()
         with self._all_or_nothing():
+            signalled = bool(self._step_skip_queue)
             self.pending.origins |= self.capture.draws()  # of an empty draw, too
             for group in self.param_groups:
                 for p in group["params"]:
@@ -387,6 +388,8 @@ class DPOptimizer(OpacusDPOptimizer):
                 self._batches = 0  # the rest of this batch is to come
                 return False
             in_parts = self.padded or self._is_last_step_skipped  # of which one may be missing, after an error
+            if signalled:
+                self.pending.check_drawn_ahead()
             if not in_parts and not self.capture.grad_accumulation_allowed:
                 self.pending.check_whole()
             self._is_last_step_skipped = False

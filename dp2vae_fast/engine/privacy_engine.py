@@ -492,7 +492,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         known = optimizer.capture.draws
         optimizer.capture.draws = draws = known if isinstance(known, Draws) else Draws()
         draws.add(loader.draws, self._counter)
-        optimizer.pending.one_draw_at_a_time, optimizer.pending.data_of = loader.draws.drawn_on_demand, draws.data_of
+        optimizer.pending.one_draw_at_a_time, optimizer.pending.data_of = True, draws.data_of
+        optimizer.pending.sampler = loader.draws
         loader.draws.begin_pass = optimizer.begin_pass
         if loader.is_padded:
             optimizer.padded = True

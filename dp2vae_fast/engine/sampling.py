@@ -8,6 +8,7 @@ skipped: an empty one is an empty batch, or one that is all padding.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -86,15 +87,15 @@ class PoissonSampler(UniformWithReplacementSampler):
     Attributes:
         number: of this sampler alone.
         begin_pass: called at the start of a pass; true if it cut another one short, whose draws must then end.
-        in_use: number and size of the draw whose records the user has been given last; None where nobody says. The
-            size is None where workers fetch ahead.
+        in_use: number and size of the draw whose records the user has been given last; None where nobody says.
         drawn_on_demand: draws are made when they are asked for, not ahead.
+        ahead: of the pass begun last, the sizes of draws that were made ahead and not used yet.
         data: the data set whose records these are; the sampler itself unless somebody says.
     """
 
     _numbers = count()  # unlike an id, none comes again when a sampler is gone
     begin_pass: Callable[[], bool] | None = None
-    in_use: tuple[int, int | None] | None = None
+    in_use: tuple[int, int] | None = None
     drawn_on_demand: bool = False
 
     def __init__(
@@ -107,10 +108,11 @@ class PoissonSampler(UniformWithReplacementSampler):
         self.num_samples = len(range(share[0], dataset_size, share[1]))
         self.sample_rate = sample_rate
         self.steps = steps
+        self.ahead: deque[int] = deque()
         self._cut_short = 0
         self._used = 0
 
-    def next_in_use(self, size: int | None = None) -> None:
+    def next_in_use(self, size: int) -> None:
         """The user is given the records of another draw, this many."""
         self._used += 1
         self.in_use = self._used, size
@@ -122,6 +124,7 @@ class PoissonSampler(UniformWithReplacementSampler):
         if self.begin_pass is not None and self.begin_pass():
             self._cut_short += 1
         passes, self.in_use = self._cut_short, None
+        ahead = self.ahead = deque()
         for _ in range(self.steps):
             if passes != self._cut_short:
                 raise RuntimeError(
@@ -131,4 +134,6 @@ class PoissonSampler(UniformWithReplacementSampler):
             drawn = self.stream.poisson(self.num_samples, self.sample_rate)
             if self.drawn_on_demand:
                 self.next_in_use(len(drawn))
+            else:
+                ahead.append(len(drawn))
             yield (drawn * self.share[1] + self.share[0]).tolist()
