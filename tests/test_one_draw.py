@@ -599,3 +599,27 @@ def test_batches_that_are_not_drawn_by_coins_count_as_large_as_they_are():
         poisson_sampling=False,
     )
     assert optimizer.sensitivity() > 1 + 2 * 10_000 * 128 * 2.0**-24
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("why", ["empty", "not finite"])
+def test_a_draw_that_has_no_step_is_missed(workers: int, why: str):
+    """What a record decides is known by it: one that is drawn alone, one that is not finite."""
+    size = {"empty": 1, "not finite": 8}[why]
+    engine, _, module, optimizer, loader = private(None, batch_size=size, workers=workers)
+    if why == "not finite":
+        loader.dataset.tensors[0][3] = torch.nan
+    with pytest.raises(ValueError, match="a batch before this one had no step"):
+        for _ in range(40):
+            for (batch,) in loader:
+                if len(batch) == 0 or not batch.isfinite().all():
+                    continue
+                backward(module, batch)
+                optimizer.step()
+    assert not optimizer._sums
+    before = sum(steps for *_, steps in engine.accountant.history)
+    for (batch,) in loader:
+        if len(batch):
+            backward(module, batch)
+        optimizer.step()
+    assert sum(steps for *_, steps in engine.accountant.history) == before + len(loader)

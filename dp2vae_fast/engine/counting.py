@@ -92,8 +92,10 @@ class StepCounter:
                 merged = max(merged, math.ceil(optimizer.pending.records / batch_size))
             # Numbers of this moment: a tensor would go on changing in the history.
             z, rate = float(optimizer.noise_multiplier), min(1.0, float(sample_rate) * merged)
-            drawn = [s.sample_rate for s in self.samplers if any(o[:2] == ("draw", s.number) for o in origins)]
-            rate = max([rate, *drawn])
+            drawn = [s for s in self.samplers if any(o[:2] == ("draw", s.number) for o in origins)]
+            for sampler in drawn:
+                sampler.step_counted()
+            rate = max([rate, *(s.sample_rate for s in drawn)])
             before = list(accountant.history)
             shared = dict.fromkeys(self._steps[o] for o in origins & self._steps.keys())
             try:

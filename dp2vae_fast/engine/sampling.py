@@ -110,12 +110,28 @@ class PoissonSampler(UniformWithReplacementSampler):
         self.steps = steps
         self.ahead: deque[int] = deque()
         self._cut_short = 0
-        self._used = 0
+        self._used = self._begun = self._stepped = 0  # draws; before this pass; the latest that had a step
+        self._left_out = False  # one of this pass, after others, had none
 
     def next_in_use(self, size: int) -> None:
         """The user is given the records of another draw, this many."""
+        self._left_out |= self._begun < self._stepped < self._used
         self._used += 1
         self.in_use = self._used, size
+
+    def step_counted(self) -> None:
+        """There is a step on the draw in use.
+
+        Raises:
+            ValueError: on a draw of this pass before it, and after others, there was none.
+        """
+        self._stepped = self._used
+        if self._left_out:
+            self._left_out = False
+            raise ValueError(
+                "a batch before this one had no step, which tells of its records where they decide on that (an "
+                "empty one, a loss that is not finite): call step() on every batch, without backward() on an empty one"
+            )
 
     def __len__(self) -> int:
         return self.steps
@@ -124,6 +140,7 @@ class PoissonSampler(UniformWithReplacementSampler):
         if self.begin_pass is not None and self.begin_pass():
             self._cut_short += 1
         passes, self.in_use = self._cut_short, None
+        self._begun, self._left_out = self._used, False
         ahead = self.ahead = deque()
         for _ in range(self.steps):
             if passes != self._cut_short:
