@@ -9,7 +9,7 @@ import torch
 from cases import grads_one_by_one, record_loss
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset, WeightedRandomSampler
 
 from dp2vae_fast import PrivacyEngine
 from dp2vae_fast.engine.keystream import Keystream
@@ -200,3 +200,27 @@ def test_epsilon_of_a_declared_size_is_met():
 def test_sizes_that_make_no_sense_are_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         private(options.pop("physical_batch_size", None), **options)
+
+
+# Without Poisson sampling ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["with replacement", "in a batch sampler", "in two rounds"])
+def test_a_sampler_that_repeats_records_is_refused(how: str):
+    """Each time that a record is in the batch it would be clipped by itself."""
+    weighted = WeightedRandomSampler([1.0] * N, N)
+    batches: dict = {
+        "with replacement": {"batch_size": 8, "sampler": weighted},
+        "in a batch sampler": {"batch_sampler": BatchSampler(weighted, 8, drop_last=False)},
+        "in two rounds": {"batch_size": 8, "sampler": RandomSampler(range(N), num_samples=2 * N)},
+    }
+    model = nn.Linear(4, 2)
+    with pytest.raises(ValueError, match=r"Sampler may give a record several times.*without replacement"):
+        PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(TensorDataset(records()), **batches[how]),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            poisson_sampling=False,
+        )

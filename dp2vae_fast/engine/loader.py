@@ -44,6 +44,23 @@ def _ranks(loader: DataLoader) -> int:
     return loader.sampler.num_replicas if isinstance(loader.sampler, DistributedSampler) else 1
 
 
+def refuse_repetition(loader: DataLoader) -> None:
+    """See that a loader without Poisson sampling gives each record once a pass, as far as its sampler tells.
+
+    Raises:
+        ValueError: a record may be in a batch several times, each of which would be clipped by itself.
+    """
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    repeats = getattr(sampler, "replacement", False)
+    if not isinstance(loader.dataset, IterableDataset):
+        repeats = repeats or len(sampler) > len(loader.dataset)  # type: ignore[arg-type]
+    if repeats:
+        raise ValueError(
+            f"the data loader's {type(sampler).__name__} may give a record several times, which then counts as often: "
+            "sample without replacement, each record once, or leave poisson_sampling=True"
+        )
+
+
 class PoissonDataLoader(DataLoader):
     """A ``DataLoader`` whose batches are Poisson draws, otherwise as the one it is made from.
 

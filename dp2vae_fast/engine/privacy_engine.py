@@ -26,7 +26,7 @@ from .counting import Draws, StepCounter, begins_with
 from .distributed import DistributedDPOptimizer, Ranks
 from .gradients.plan import Plan
 from .keystream import Keystream
-from .loader import PoissonDataLoader, public_rate
+from .loader import PoissonDataLoader, public_rate, refuse_repetition
 from .module import FusedGradSampleHooks, FusedGradSampleModule
 from .optimizer import DPOptimizer
 
@@ -470,6 +470,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             size = self._loader_options.get("dataset_size")
             ranks.check_loader(data_loader, poisson_sampling=poisson_sampling, dataset_size=size)
         if not poisson_sampling:
+            refuse_repetition(data_loader)
             return data_loader
         if ranks is None:
             stream, share = self.keystream.stream("Poisson sampling"), (0, 1)
