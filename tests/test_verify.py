@@ -397,3 +397,18 @@ def test_one_output_for_the_rows_of_a_record(between: str):
     else:
         with pytest.raises(NotImplementedError, match="not autograd's"):
             optimizer.step()
+
+
+@pytest.mark.parametrize("between", ["rows turned", "centred over the batch"])
+def test_a_loss_that_the_model_keeps_to_itself_is_refused(between: str):
+    class Keeps(Wrong):
+        def forward(self, x: Tensor) -> float:
+            self.loss = record_loss(super().forward(x)).sum()
+            return self.loss.item()
+
+    model = Keeps(BETWEEN[between])
+    private, optimizer = privatize(model)
+    private(batch(64))
+    model.loss.backward()
+    with pytest.raises(NotImplementedError, match="nothing that the model returned"):
+        optimizer.step()

@@ -85,6 +85,7 @@ class FirstBatch:
         self._calls: list[Call] = []
         self._refused = ""
         self._weighed: _Weighed | None = None
+        self._seen = False  # a gradient of something that the model returned
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict, trainable: set[Tensor]) -> None:
         """An outermost call begins, under which ``trainable`` are the parameters with gradients."""
@@ -123,6 +124,7 @@ class FirstBatch:
         """The gradients of a call's outputs."""
         if not self.waiting:
             return
+        self._seen = True
         if call.backprops:  # a second loss on the same forward
             call.backprops = [a + b for a, b in zip(call.backprops, backprops, strict=True)]
         else:
@@ -169,6 +171,12 @@ class FirstBatch:
         self._weighed = None
         calls, self._calls = self._calls, []
         if not calls:
+            if not self._seen:
+                self._refused = (
+                    "the loss depends on nothing that the model returned (but on an attribute, or what a hook took?), "
+                    "so the gradients cannot be checked against autograd's: return it, or pass verify_first_step=False"
+                )
+                raise NotImplementedError(self._refused)
             return
         whole = self._every_output_has_rows(calls, records)
         weights = self._random_weights(records) if whole else torch.ones(records)
