@@ -412,3 +412,29 @@ def test_a_loss_that_the_model_keeps_to_itself_is_refused(between: str):
     model.loss.backward()
     with pytest.raises(NotImplementedError, match="nothing that the model returned"):
         optimizer.step()
+
+
+def test_what_is_unfrozen_when_the_attempts_are_used_up_is_checked_too():
+    """By a part that is never used, which nothing can prove."""
+
+    class Turned(Wrong):
+        def __init__(self) -> None:
+            super().__init__(lambda h: h.flip(0))
+            self.unused = nn.Linear(1, 1, dtype=D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flip(0))
+
+    model = Turned()
+    model.first.requires_grad_(False)
+    private, optimizer = privatize(model)
+    for step in range(14):
+        if step == 12:
+            assert not optimizer.capture.first_batch.waiting
+            model.first.requires_grad_(True)
+        record_loss(private(batch(64, step))).sum().backward()
+        if step < 13:
+            optimizer.step()
+            optimizer.zero_grad()
+    with pytest.raises(NotImplementedError, match=r"'first\.weight' are not autograd's"):
+        optimizer.step()

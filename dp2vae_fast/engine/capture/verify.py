@@ -86,6 +86,7 @@ class FirstBatch:
         self._refused = ""
         self._weighed: _Weighed | None = None
         self._seen = False  # a gradient of something that the model returned
+        self._tried: set[Tensor] = set()  # parameters with gradients in batches that were checked
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict, trainable: set[Tensor]) -> None:
         """An outermost call begins, under which ``trainable`` are the parameters with gradients."""
@@ -139,8 +140,12 @@ class FirstBatch:
 
     def wait_for(self, parameters: Iterable[Tensor]) -> None:
         """Check another batch where a parameter has gradients now that never were checked."""
-        if self._wanted and self._attempts < _ATTEMPTS and not self.proved.issuperset(parameters):
-            self.waiting = True
+        parameters = set(parameters)
+        if not self._wanted or self.proved.issuperset(parameters):
+            return
+        if not self._tried.issuperset(parameters):  # it had no part in the attempts so far
+            self._attempts = 0
+        self.waiting = self._attempts < _ATTEMPTS
 
     def turn_off(self) -> None:
         """Check nothing from now on."""
@@ -270,6 +275,7 @@ class FirstBatch:
                     "positions, looks the same: make it a buffer)"
                 )
                 raise NotImplementedError(self._refused)
+        self._tried.update(c.parameter for c in weighed.captured if c.total is not None)
         self._attempts += 1
         self._records += weighed.records
         enough = self._records >= _ENOUGH and self.proved.issuperset(parameters)
