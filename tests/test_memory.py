@@ -278,3 +278,17 @@ def test_an_interrupted_call_is_no_change():
         model(torch.randn(3, 4))
     interrupt = False
     model(torch.randn(3, 4)).sum().backward()
+
+
+def test_what_changes_between_two_calls_of_one_step_is_refused():
+    """As an average of what the first one returned does, and is released."""
+    model = Plain()
+    private, optimizer = privatize(model, noise_multiplier=1.0, expected_batch_size=40)
+    with torch.no_grad():
+        private(torch.randn(40, 4))  # of which no gradient comes
+    model.most.add_(1.0)
+    output = private(torch.randn(40, 4))
+    model.most[:2].copy_(output.detach().amax(0))
+    (record_loss(output) + record_loss(private(torch.randn(40, 4)))).sum().backward()
+    with pytest.raises(NotImplementedError, match=r"buffer 'most'.*without noise"):
+        optimizer.step()

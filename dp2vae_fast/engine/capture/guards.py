@@ -58,7 +58,8 @@ class Memory:
         self._layers = dict(module.named_modules())
         self._own = [(name, own) for name, m in self._layers.items() for own in (m._buffers, m._parameters)]
         self._looks = 0
-        self._since: Look | None = None  # the end of the last call, until gradients are taken
+        self._since: Look | None = None  # the end of the first call whose gradients may come, until they are taken
+        self._may_come = False  # they may: that call was under gradients
 
     def look(self, *, closely: bool) -> Look | None:
         """What there is when a call begins, for :meth:`compare`; ``closely`` by values. None in eval mode."""
@@ -77,9 +78,9 @@ class Memory:
             return
         now = self._look(before.values is not None)
         if (changed := _changed(before, now)) is None:
-            # Not after a checkpoint's recomputation: what the backward pass has changed so far would be forgotten.
-            if self._since is None or torch._C._current_graph_task_id() == -1:
-                self._since = now
+            # Not again, nor after a checkpoint's recomputation: what was changed since would be forgotten.
+            if self._since is None or not (self._may_come or torch._C._current_graph_task_id() != -1):
+                self._since, self._may_come = now, torch.is_grad_enabled()
             return
         layer, named = self._describe(*changed)
         raise NotImplementedError(
@@ -89,7 +90,7 @@ class Memory:
         )
 
     def compare_since(self) -> None:
-        """What there was when the last call ended must be there when the first gradients are taken.
+        """What there was when the first call ended must be there when the first gradients are taken.
 
         Raises:
             NotImplementedError: a buffer or parameter was changed, added or taken away.
