@@ -965,3 +965,17 @@ def test_twenty_steps_equal_opacus(name: str, dtype: torch.dtype):
             optimizer.zero_grad()
     ours, theirs = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in models)
     assert (ours - theirs).norm() < (1e-9 if dtype == D else 1e-5) * theirs.norm()
+
+
+def test_poisson_draws_are_not_allowed_to_accumulate():
+    """Not when it is asked for either: a record that is in two of them would count twice."""
+    model = small_model(torch.float32)
+    private, _, _ = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=loader(),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    with pytest.raises(ValueError, match="does not compose by accumulation"):
+        private.allow_grad_accumulation()

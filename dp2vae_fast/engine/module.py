@@ -10,6 +10,7 @@ from opacus.grad_sample.gsm_base import (
 from torch import nn
 
 from .capture.capture import Capture
+from .counting import Draws
 
 
 class FusedGradSampleHooks(AbstractGradSampleHooks):
@@ -54,7 +55,16 @@ class FusedGradSampleHooks(AbstractGradSampleHooks):
         self.capture.grad_accumulation_allowed = False
 
     def allow_grad_accumulation(self) -> None:
-        """A second batch before a step adds to the first."""
+        """A second batch before a step adds to the first.
+
+        Raises:
+            ValueError: batches are Poisson draws: a record may be in two, and would count twice.
+        """
+        if isinstance(self.capture.draws, Draws):
+            raise ValueError(
+                "Poisson sampling does not compose by accumulation, as a record may be in two draws: call step() on "
+                "every batch (physical_batch_size= and BatchMemoryManager split large ones)"
+            )
         self.capture.grad_accumulation_allowed = True
 
     def remove_hooks(self) -> None:
