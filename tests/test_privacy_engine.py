@@ -979,3 +979,13 @@ def test_poisson_draws_are_not_allowed_to_accumulate():
     )
     with pytest.raises(ValueError, match="does not compose by accumulation"):
         private.allow_grad_accumulation()
+
+
+def test_noise_covers_a_bound_that_is_lowered_in_place():
+    private, optimizer = privatize(small_model(), OPTIMIZERS["sgd"])
+    optimizer.max_grad_norm = torch.tensor(1.0)
+    optimizer.signal_skip_step(do_skip=True)
+    record_loss(100 * private(inputs(1))).sum().backward()
+    optimizer.step()
+    optimizer.max_grad_norm.mul_(0.1)
+    assert optimizer.sensitivity() >= 1.0
