@@ -989,3 +989,12 @@ def test_noise_covers_a_bound_that_is_lowered_in_place():
     optimizer.step()
     optimizer.max_grad_norm.mul_(0.1)
     assert optimizer.sensitivity() >= 1.0
+
+
+@pytest.mark.parametrize(
+    "bad", [{"sample_rate": 64 // 1000}, {"sample_rate": 1.5}, {"sample_rate": math.nan}, {"expected_batch_size": 0}]
+)
+def test_rates_and_sizes_that_cannot_be_are_refused(bad: dict):
+    """A rate of 0, as of a division of integers, would be accounted as no cost at all."""
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        privatize(small_model(), OPTIMIZERS["sgd"], **bad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -283,6 +284,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
             The wrapped module and the private optimizer; the accountant counts one step of rate ``sample_rate``
             per optimizer step.
         """
+        if not 0.0 < sample_rate <= 1.0:  # a rate of 0 would cost nothing
+            raise ValueError(f"sample_rate is {sample_rate}: it is a probability in (0, 1]")
+        if not 0.0 < expected_batch_size < math.inf:
+            raise ValueError(f"expected_batch_size is {expected_batch_size}: it must be positive and finite")
         self._select(grad_sample_mode)
         if grad_sample_mode != FUSED and rows_per_record not in (None, 1):
             raise NotImplementedError(f"rows_per_record = {rows_per_record} needs grad_sample_mode='fused'")
