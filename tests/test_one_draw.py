@@ -623,3 +623,21 @@ def test_a_draw_that_has_no_step_is_missed(workers: int, why: str):
             backward(module, batch)
         optimizer.step()
     assert sum(steps for *_, steps in engine.accountant.history) == before + len(loader)
+
+
+def test_the_rounding_of_batches_that_are_merged_is_that_of_all_of_them():
+    model, stated = nn.Linear(3, 2), []
+    module, optimizer, loader = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(torch.randn(1000, 3)), batch_size=10),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+    )
+    optimizer.attach_step_hook(lambda o: stated.append(o.sensitivity()))
+    for number, (batch,) in enumerate(loader):
+        record_loss(module(batch)).mean().backward()
+        optimizer.signal_skip_step(do_skip=number < 99)
+        optimizer.step()
+    assert stated[0] > 1 + 2 * 1000 * 128 * 2.0**-24

@@ -153,7 +153,7 @@ class DPOptimizer(OpacusDPOptimizer):
         bound = max(self._bound, self.clipping.sensitivity(self.max_grad_norm))
         kinds = {(p.dtype, p.device) for p in self.params}
         dtype = torch.float64 if all(dtype == torch.float64 for dtype, _ in kinds) else torch.float32
-        largest = self.largest_batch * self.accumulated_iterations
+        largest = self.largest_batch and max(self.largest_batch * self.accumulated_iterations, self.pending.records)
         roundings = max((roundings_on(device) for _, device in kinds), default=1)
         return bound * (1.0 + sum_rounding(self._expected_records, dtype, largest, roundings))
 
