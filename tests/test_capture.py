@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -756,3 +757,22 @@ def test_a_bare_scalar_on_the_top_module():
             return F.relu_(self.linear(x)) * self.temperature
 
     check(Tempered(), x(5, 4))
+
+
+def test_rows_are_counted_against_what_a_batch_of_a_class_of_ones_own_holds():
+    @dataclass
+    class Batch:
+        x: Tensor
+
+    class Folds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, batch: Batch) -> Tensor:
+            return self.layer(batch.x.flatten(0, 1))
+
+    model = Folds()
+    Capture(model)
+    with pytest.raises(ValueError, match="expected 5 rows along the first axis"):
+        model(Batch(torch.randn(5, 6, 4)))

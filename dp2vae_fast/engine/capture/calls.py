@@ -105,5 +105,12 @@ class Calls:
         return self.first_batch.end(output) if self.first_batch.waiting and self.outermost is None else None
 
     def count(self, inputs: Iterable[Any]) -> None:
-        """The outermost call is on ``inputs``."""
-        self.shapes = [x.shape for x in inputs if isinstance(x, Tensor) and x.dim() > self.axis]
+        """The outermost call is on ``inputs``, and on what objects among them hold."""
+        tensors = [y for x in inputs for y in ((x,) if isinstance(x, Tensor) else _held(x))]
+        self.shapes = [x.shape for x in tensors if x.dim() > self.axis]
+
+
+def _held(x: Any) -> list[Tensor]:
+    """The tensors that a batch of a class of the user's own holds, or none."""
+    own = {} if isinstance(x, nn.Module) else getattr(x, "__dict__", {})
+    return [y for y in tree_leaves(dict(own)) if isinstance(y, Tensor)]
