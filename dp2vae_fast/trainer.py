@@ -22,6 +22,7 @@ from .engine.audit import Check
 from .engine.gradients.plan import Plan
 from .engine.gradients.planning import plan_for
 from .runs.checkpoint import RunError
+from .runs.environment import on_threads
 from .runs.folder import RunFolder, check_output, data_sources, holds_run
 from .runs.interrupt import StopRequest
 from .runs.keys import take_keys
@@ -124,7 +125,8 @@ class Trainer:
             news.append(f"{self.out} holds no run to go on with: starting one")
         for line in news:
             warnings.warn(line, stacklevel=2)
-        with RunFolder(self.out, resume=self.resume, config=config, data_sha256=train.sha256) as run:
+        folder = RunFolder(self.out, resume=self.resume, config=config, data_sha256=train.sha256)
+        with folder as run, on_threads(config.performance.threads):
             budget = self._budget(len(train))  # slow, so only once the folder can be used
             with StopRequest() as stop:
                 last = run.load("DP-SGD.pt") or run.load("stage1.pt")
@@ -149,7 +151,7 @@ class Trainer:
         config = replace(config, privacy=replace(config.privacy, seed=seed))
         device, train, _, spec = self._prepared()
         budget = self._budget(len(train))
-        with StopRequest() as stop:
+        with StopRequest() as stop, on_threads(config.performance.threads):
 
             def stage(records: ImageData) -> Stage:
                 run = RunFolder(None, resume=False, config=config, data_sha256=records.sha256)
@@ -166,7 +168,8 @@ class Trainer:
         rows = 2 * config.model.iwae_samples  # made up; the plan does not depend on their number
         labels = torch.zeros(rows, dtype=torch.long, device=device) if spec.num_classes else None
         latents = torch.zeros(rows, spec.latent_dim, device=device)
-        return plan_for(decoder, latents, labels, plan=plan_of(config), rows_per_record=config.model.iwae_samples)
+        with on_threads(config.performance.threads):
+            return plan_for(decoder, latents, labels, plan=plan_of(config), rows_per_record=config.model.iwae_samples)
 
     def evaluate(self, features: Sequence[str] = ("cnn",), samples: int = 5000, seed: int = 0) -> dict[str, Any]:
         """The content of ``metrics.json``, from ``samples`` synthetic images and the held-out real ones.
@@ -189,11 +192,8 @@ class Trainer:
         save_for_curator(folder / "curator", self.train_data, self.history)
 
     def _prepared(self, least: int | None = None) -> tuple[torch.device, ImageData, ImageData, ModelSpec]:
-        """Device, training and held-out records (:func:`load_split`), and what the decoder is built from; sets the
-        number of threads."""
+        """Device, training and held-out records (:func:`load_split`), and what the decoder is built from."""
         config = self.config
-        if config.performance.threads is not None:
-            torch.set_num_threads(config.performance.threads)
         device = find_device(config.performance.device)
         train, test = load_split(config, self._images, least=least)
         return device, train, test, model_spec(config, train)
@@ -271,11 +271,25 @@ def load_split(
     """Training and held-out records of a configuration; raises ``DataError`` for what cannot be trained on, and for
     fewer records than ``least``, the expected batch size unless given."""
     data = config.data
-    whole = images if images is not None else load_images(data.data, image_size=data.image_size, channels=data.channels)
+    if images is None:
+        whole = load_images(data.data, image_size=data.image_size, channels=data.channels)
+    else:
+        whole = images
+        _check_shape(whole, data.image_size, data.channels)
     train, test = train_test_split(whole, data.test_fraction, data.split_seed)
     least = config.privacy.expected_batch_size if least is None else least
     check_trainable(train, batch_size=least, conditional=data.conditional)
     return train, test
+
+
+def _check_shape(images: ImageData, image_size: int | None, channels: int | None) -> None:
+    """Images in memory are trained on as they are: settings must not say otherwise."""
+    there = images.image_shape
+    if there != (channels or there[0], image_size or there[1], image_size or there[2]):
+        raise DataError(
+            f"the images given are {list(there)}, the settings ask for image_size = {image_size or 'any'} and channels "
+            f"= {channels or 'any'}: change the images, or set image_size = {there[1]} and channels = {there[0]}"
+        )
 
 
 def model_spec(config: Config, train: ImageData) -> ModelSpec:

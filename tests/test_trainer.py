@@ -133,11 +133,24 @@ def test_unlabelled_records_cannot_be_conditioned_on():
     assert metrics["cnn_accuracy_synthetic"] is None and metrics["missing"]
 
 
-def test_the_plan_is_made_on_as_many_threads_as_the_run(monkeypatch):
-    threads = []
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    Trainer(small.digits(), config=small.config(threads=3)).plan()
-    assert threads == [3]
+def test_threads_are_as_before_when_a_run_is_over(monkeypatch):
+    before, numbers, choose = torch.get_num_threads(), [], torch.set_num_threads
+
+    def noted(number: int) -> None:
+        numbers.append(number)
+        choose(number)
+
+    monkeypatch.setattr(torch, "set_num_threads", noted)
+    run = Trainer(small.digits(), config=small.config(threads=before + 1, steps=1))
+    run.plan()
+    run.fit()
+    assert numbers == 2 * [before + 1, before]
+
+
+@pytest.mark.parametrize("settings", [{"image_size": 16}, {"channels": 3}])
+def test_images_in_memory_are_not_what_the_settings_say(settings):
+    with pytest.raises(DataError, match=r"images given are \[1, 8, 8\].*set image_size = 8 and channels = 1"):
+        Trainer(small.digits(), config=small.config(**settings)).fit()
 
 
 def test_samples_of_the_demo_train_a_classifier():

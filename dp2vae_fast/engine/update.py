@@ -35,7 +35,7 @@ class FusedUpdate(ABC):
     in place.
 
     The optimizer's ``param_groups`` and ``state`` are read and written as its own ``step`` would, so its
-    state_dict, schedulers and checkpoints stay valid and either road can continue the other.
+    state_dict, schedulers and checkpoints stay valid and either way can continue the other.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
