@@ -19,6 +19,7 @@ from dp2vae_fast.engine import captured, clipping
 from dp2vae_fast.engine.captured import CapturedBatches
 from dp2vae_fast.engine.gradients.products import LinearProduct
 from dp2vae_fast.engine.keystream import Keystream
+from dp2vae_fast.runs.keys import RunKeys
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -260,7 +261,8 @@ def test_a_clip_factor_does_not_depend_on_whether_batches_are_replayed_yet():
 
 
 @pytest.mark.parametrize("settings", [{}, {"iwae_samples": 2, "encoder": "dp"}])
-def test_a_trainer_captures_its_batches(settings: dict):
+def test_a_trainer_captures_its_batches(settings: dict, monkeypatch):
+    monkeypatch.setattr(RunKeys, "keystream", lambda self, stage: Keystream.seeded(len(stage), once=False))  # for both
     settings = small.SETTINGS | {"steps": 12, "device": DEVICE} | settings
     want, got = (Trainer(small.digits(), recipe="digits", **settings, compile=how).fit() for how in ("none", "graph"))
     if not GPU:

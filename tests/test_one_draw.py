@@ -598,7 +598,7 @@ def test_batches_that_are_not_drawn_by_coins_count_as_large_as_they_are():
         max_grad_norm=1.0,
         poisson_sampling=False,
     )
-    assert optimizer.sensitivity() > 1 + 2 * 10_000 * 128 * 2.0**-24
+    assert optimizer.sensitivity() > 1 + 2 * 10_000 * 74 * 2.0**-24
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -640,4 +640,4 @@ def test_the_rounding_of_batches_that_are_merged_is_that_of_all_of_them():
         record_loss(module(batch)).mean().backward()
         optimizer.signal_skip_step(do_skip=number < 99)
         optimizer.step()
-    assert stated[0] > 1 + 2 * 1000 * 128 * 2.0**-24
+    assert stated[0] > 1 + 2 * 1000 * 74 * 2.0**-24
