@@ -25,7 +25,7 @@ from .engine.audit import Check
 from .engine.gradients.plan import Plan, memory_overhead
 from .ops import backends_table
 from .runs.checkpoint import RunError, write_atomic, write_json
-from .runs.environment import versions
+from .runs.environment import on_threads, versions
 from .runs.folder import read_run
 from .runs.interrupt import Stopped
 from .trainer import Trainer, load_split, sampler
@@ -159,9 +159,14 @@ def evaluate(
 ) -> None:
     """Measure a decoder's samples against the real images, and write metrics.json. Its figures are not private."""
     decoder = load_decoder(run)
-    _, (train_data, test_data) = _of_run(run, {} if data is None else {"data": data})
+    complete, (train_data, test_data) = _of_run(run, {} if data is None else {"data": data})
     draw, wanted = sampler(decoder, seed), features or ["cnn"]
-    _measure(run, lambda: evaluate_samples(draw, train_data, test_data, samples=samples, features=wanted, seed=seed))
+
+    def measured() -> dict[str, Any]:
+        with on_threads(complete.performance.threads):
+            return evaluate_samples(draw, train_data, test_data, samples=samples, features=wanted, seed=seed)
+
+    _measure(run, measured)
 
 
 @app.command()

@@ -178,7 +178,8 @@ class Trainer:
         """
         self._require_fitted()
         draw = sampler(self.decoder, seed)
-        metrics = evaluate(draw, self.train_data, self.test_data, samples=samples, features=features, seed=seed)
+        with on_threads(self.config.performance.threads):
+            metrics = evaluate(draw, self.train_data, self.test_data, samples=samples, features=features, seed=seed)
         self.metrics = metrics
         return metrics
 
