@@ -134,13 +134,8 @@ def test_unlabelled_records_cannot_be_conditioned_on():
 
 
 def test_threads_are_as_before_when_a_run_is_over(monkeypatch):
-    before, numbers, choose = torch.get_num_threads(), [], torch.set_num_threads
-
-    def noted(number: int) -> None:
-        numbers.append(number)
-        choose(number)
-
-    monkeypatch.setattr(torch, "set_num_threads", noted)
+    before, numbers = torch.get_num_threads(), []
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
     run = Trainer(small.digits(), config=small.config(threads=before + 1, steps=1))
     run.plan()
     run.fit()
