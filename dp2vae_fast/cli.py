@@ -44,6 +44,20 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 _out, _err = Console(), Console(stderr=True)
 _INT64 = 2**63 - 1
 
+# Options of several commands.
+Recipe = Annotated[str | None, typer.Option(help=f"One of {', '.join(recipes())}.")]
+ConfigFile = Annotated[Path | None, typer.Option(help="A TOML file of settings; a flag beats it.")]
+Encoder = Annotated[str | None, typer.Option(help="linear, dp, public or private.")]
+PublicEncoder = Annotated[str | None, typer.Option(help="Its checkpoint, or a public data set.")]
+TargetEpsilon = Annotated[
+    float | None, typer.Option("--target-epsilon", "--epsilon", help="Of the whole run, both stages together.")
+]
+TargetDelta = Annotated[
+    float | None, typer.Option("--target-delta", "--delta", help="Well below one over the number of records.")
+]
+NoiseMultiplier = Annotated[float | None, typer.Option(help="Instead of a target; 0: not private.")]
+Engine = Annotated[str | None, typer.Option(help="fused, or opacus (the reference path).")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")]
 Setting = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting; a flag of its own beats it.")
 ]
@@ -51,8 +65,8 @@ Setting = Annotated[
 
 @app.command()
 def train(
-    recipe: Annotated[str | None, typer.Option(help=f"One of {', '.join(recipes())}.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A TOML file of settings; a flag beats it.")] = None,
+    recipe: Recipe = None,
+    config: ConfigFile = None,
     data: Annotated[
         str | None,
         typer.Option(help="digits; a folder of images; .npy, .npz, idx, .parquet; a Hugging Face data set on disk."),
@@ -67,15 +81,11 @@ def train(
     preset: Annotated[str | None, typer.Option(help="mlp, conv28, conv64 or resnet64.")] = None,
     latent_dim: Annotated[int | None, typer.Option(help="Numbers in a latent.")] = None,
     likelihood: Annotated[str | None, typer.Option(help="bernoulli or gaussian.")] = None,
-    target_epsilon: Annotated[
-        float | None, typer.Option("--target-epsilon", "--epsilon", help="Of the whole run, both stages together.")
-    ] = None,
-    target_delta: Annotated[
-        float | None, typer.Option("--target-delta", "--delta", help="Well below one over the number of records.")
-    ] = None,
-    noise_multiplier: Annotated[float | None, typer.Option(help="Instead of a target; 0: not private.")] = None,
-    encoder: Annotated[str | None, typer.Option(help="linear, dp, public or private.")] = None,
-    public_encoder: Annotated[str | None, typer.Option(help="Its checkpoint, or a public data set.")] = None,
+    target_epsilon: TargetEpsilon = None,
+    target_delta: TargetDelta = None,
+    noise_multiplier: NoiseMultiplier = None,
+    encoder: Encoder = None,
+    public_encoder: PublicEncoder = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="Bound of the norm of a record's gradient.")] = None,
     expected_batch_size: Annotated[
         int | None, typer.Option(help="Records that a Poisson draw is expected to have.")
@@ -84,8 +94,8 @@ def train(
     optimizer: Annotated[str | None, typer.Option(help="sgd, adam or adamw.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of DP-SGD.")] = None,
     seed: Annotated[int | None, typer.Option(help="Reproducible noise: private only while it stays secret.")] = None,
-    engine: Annotated[str | None, typer.Option(help="fused, or opacus (the reference path).")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    engine: Engine = None,
+    device: Device = None,
     physical_batch_size: Annotated[int | None, typer.Option(help="Rows in memory at a time.")] = None,
     settings: Setting = None,
     features: Annotated[list[str] | None, typer.Option(help="Feature networks of the FID (see evaluate).")] = None,
@@ -172,22 +182,18 @@ def evaluate(
 @app.command()
 def audit(
     run: Annotated[Path | None, typer.Argument(help="Folder of a run, whose configuration is audited.")] = None,
-    recipe: Annotated[str | None, typer.Option(help=f"One of {', '.join(recipes())}.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A TOML file of settings; a flag beats it.")] = None,
+    recipe: Recipe = None,
+    config: ConfigFile = None,
     data: Annotated[str | None, typer.Option(help="As for train; the run's data, where they have moved.")] = None,
-    encoder: Annotated[str | None, typer.Option(help="linear, dp, public or private.")] = None,
-    public_encoder: Annotated[str | None, typer.Option(help="Its checkpoint, or a public data set.")] = None,
-    target_epsilon: Annotated[
-        float | None, typer.Option("--target-epsilon", "--epsilon", help="Of the whole run, both stages together.")
-    ] = None,
-    target_delta: Annotated[
-        float | None, typer.Option("--target-delta", "--delta", help="Well below one over the number of records.")
-    ] = None,
-    noise_multiplier: Annotated[float | None, typer.Option(help="Instead of a target; 0: not private.")] = None,
+    encoder: Encoder = None,
+    public_encoder: PublicEncoder = None,
+    target_epsilon: TargetEpsilon = None,
+    target_delta: TargetDelta = None,
+    noise_multiplier: NoiseMultiplier = None,
     seed: Annotated[int | None, typer.Option(help="Of the audit's own coins; 0 unless given.")] = None,
     canaries: Annotated[int, typer.Option(min=LEAST_CANARIES, help="Coins of the one-run bound.")] = CANARIES,
-    engine: Annotated[str | None, typer.Option(help="fused, or opacus (the reference path).")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    engine: Engine = None,
+    device: Device = None,
     settings: Setting = None,
 ) -> None:
     """Run the training of a configuration with canaries and hold it against what is claimed. Exit code 1: it failed.
@@ -218,8 +224,8 @@ def audit(
 
 @app.command()
 def plan(
-    recipe: Annotated[str | None, typer.Option(help=f"One of {', '.join(recipes())}.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A TOML file of settings; a flag beats it.")] = None,
+    recipe: Recipe = None,
+    config: ConfigFile = None,
     data: Annotated[
         str | None, typer.Option(help="As of train, in any number; what matters is their shape and classes.")
     ] = None,
@@ -456,9 +462,9 @@ def _measure(folder: Path, measured: Callable[[], dict[str, Any]]) -> None:
     try:
         with _err.status("measuring samples"):
             metrics = measured()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         _err.print(f"stopped; the release is in {folder}, dp2vae evaluate {folder} measures it", soft_wrap=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(_code(stop)) from None
     try:
         write_json(folder / "metrics.json", metrics)
     finally:

@@ -588,16 +588,20 @@ def test_a_second_optimizer_cannot_change_what_a_record_is():
     assert second.capture.rows_per_record == 4 and second.capture.first_batch.waiting
 
 
-def test_batches_that_are_not_drawn_by_coins_count_as_large_as_they_are():
+def not_drawn_by_coins(records: int, batch_size: int):
     model = nn.Linear(3, 2)
-    _, optimizer, _ = PrivacyEngine().make_private(
+    return PrivacyEngine().make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(TensorDataset(torch.randn(10_001, 3)), batch_size=10_000),
+        data_loader=DataLoader(TensorDataset(torch.randn(records, 3)), batch_size=batch_size),
         noise_multiplier=1.0,
         max_grad_norm=1.0,
         poisson_sampling=False,
     )
+
+
+def test_batches_that_are_not_drawn_by_coins_count_as_large_as_they_are():
+    _, optimizer, _ = not_drawn_by_coins(10_001, batch_size=10_000)
     assert optimizer.sensitivity() > 1 + 2 * 10_000 * 74 * 2.0**-24
 
 
@@ -626,15 +630,8 @@ def test_a_draw_that_has_no_step_is_missed(workers: int, why: str):
 
 
 def test_the_rounding_of_batches_that_are_merged_is_that_of_all_of_them():
-    model, stated = nn.Linear(3, 2), []
-    module, optimizer, loader = PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(TensorDataset(torch.randn(1000, 3)), batch_size=10),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        poisson_sampling=False,
-    )
+    stated = []
+    module, optimizer, loader = not_drawn_by_coins(1000, batch_size=10)
     optimizer.attach_step_hook(lambda o: stated.append(o.sensitivity()))
     for number, (batch,) in enumerate(loader):
         record_loss(module(batch)).mean().backward()

@@ -211,7 +211,7 @@ class DPOptimizer(OpacusDPOptimizer):
         one after the other, and taken from the dictionary, so that what a gradient is made from can go."""
         scale = records if self.loss_reduction == "mean" else 1  # undo the mean's division by this batch's own size
         factors = self.clipping.factors(gradients, self.max_grad_norm, scale, mask)
-        self._bound = max(self._bound, float(self.clipping.sensitivity(self.max_grad_norm)))
+        self._note_bound()
         while gradients:
             p, g = gradients.popitem()
             weighted = g.weighted_sum(factors[p], self.sum_dtype)
@@ -238,9 +238,13 @@ class DPOptimizer(OpacusDPOptimizer):
         with self._all_or_nothing():
             self.capture.book.begin()
             self._note_origins(self.capture.origins | self.capture.draws(), records)
-            self._bound = max(self._bound, float(self.clipping.sensitivity(self.max_grad_norm)))
+            self._note_bound()
             self._add(sums)
             self._replayed = True
+
+    def _note_bound(self) -> None:
+        """A part of the pending sum is clipped to the bound of this moment; as a number, which no user changes."""
+        self._bound = max(self._bound, float(self.clipping.sensitivity(self.max_grad_norm)))
 
     def _note_origins(self, origins: set[Origin], records: int) -> None:
         """Where gradients come from; without accumulation, one draw only, and each of its records once."""

@@ -134,7 +134,7 @@ class Hooks:
             layer._parameters.update(stand_ins)  # type: ignore[arg-type]
 
     def _put_back(self) -> None:
-        """The parameters that a forward which never ended has left stand-ins for."""
+        """The parameters take the place of their stand-ins again."""
         self.module._parameters.update(self._swapped or {})  # type: ignore[arg-type]
         self._swapped = None
 
@@ -149,11 +149,11 @@ class Hooks:
         return tapped if ended is None else ended
 
     def _tap(self, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        trainable, self._swapped = self._swapped, None
+        trainable = self._swapped
         if trainable is None:
             return None
         stand_ins: dict[str, Any] = {key: layer._parameters[key] for key in trainable}
-        layer._parameters.update(trainable)  # type: ignore[arg-type]
+        self._put_back()
         if output is None:
             return None
         first = args[0] if args else next(iter(kwargs.values()), None)
